@@ -1,0 +1,4 @@
+//! All unsafe code and raw system calls: process creation, namespaces, mounts, descriptors.
+//! One file per kernel interface; every function is safe to call and synchronous.
+
+#![allow(unsafe_code)]
