@@ -1,7 +1,7 @@
 //! What the store promises, on a real folder.
 
-
 #![allow(clippy::unwrap_used)]
+
 use a3s_box_store::Store;
 use serde::{Deserialize, Serialize};
 use std::{fs, path::Path};
