@@ -2,3 +2,9 @@
 //! One file per kernel interface; every function is safe to call and synchronous.
 
 #![allow(unsafe_code)]
+pub mod clone3;
+pub mod device_filter;
+pub mod entropy;
+pub mod exec;
+pub mod mount_attr;
+pub mod seccomp;
