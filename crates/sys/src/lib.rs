@@ -6,5 +6,8 @@ pub mod clone3;
 pub mod device_filter;
 pub mod entropy;
 pub mod exec;
+pub mod memfd;
 pub mod mount_attr;
+pub mod pidfd;
 pub mod seccomp;
+pub mod spawn;
