@@ -2,6 +2,7 @@
 //! One file per kernel interface; every function is safe to call and synchronous.
 
 #![allow(unsafe_code)]
+pub mod cgroup;
 pub mod clone3;
 pub mod device_filter;
 pub mod entropy;
