@@ -9,6 +9,8 @@ pub mod entropy;
 pub mod exec;
 pub mod memfd;
 pub mod mount_attr;
+pub mod namespace;
 pub mod pidfd;
 pub mod seccomp;
 pub mod spawn;
+pub mod tap;
