@@ -1,0 +1,137 @@
+//! The server as a whole: what all RPCs share, and its life from the socket to SIGTERM.
+//!
+//! Ending the server ends no pod: shims are processes of their own, and everything known of a
+//! sandbox is on disk or in its shim.
+
+use crate::{config::Config, service::Service};
+use a3s_box_api::cri::{
+    image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer,
+};
+use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, flock};
+use std::{
+    fs::{self, DirBuilder, File, Permissions},
+    future::Future,
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing::{info, warn};
+
+/// How long RPCs may still run after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What all RPCs share.
+pub struct Server {
+    /// As read at the start.
+    pub config: Config,
+}
+
+impl Server {
+    /// Opens everything; nothing is answered yet.
+    pub fn open(config: Config) -> Result<Self> {
+        Ok(Self { config })
+    }
+}
+
+/// Runs the server until `stop` is done.
+pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<()> {
+    for folder in [&config.root, &config.state] {
+        private_folder(folder).with_context(|| format!("make folder {}", folder.display()))?;
+    }
+    let _lock = lock(&config.state)?;
+    let socket = config.socket.clone();
+    let server = Arc::new(Server::open(config)?);
+    let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
+    info!(socket = %socket.display(), version = crate::version::RUNTIME_VERSION, "serving");
+    notify_ready();
+    answer(server, listener, stop).await?;
+    if let Err(error) = fs::remove_file(&socket) {
+        warn!(%error, socket = %socket.display(), "cannot remove the socket");
+    }
+    info!("stopped; pods go on");
+    Ok(())
+}
+
+/// Answers RPCs until `stop`, then gives those under way a moment.
+async fn answer(
+    server: Arc<Server>,
+    listener: UnixListener,
+    stop: impl Future<Output = ()>,
+) -> Result<()> {
+    let service = Service(server);
+    let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tonic::transport::Server::builder()
+        .add_service(
+            RuntimeServiceServer::new(service.clone()).max_decoding_message_size(MESSAGE_MAX),
+        )
+        .add_service(ImageServiceServer::new(service).max_decoding_message_size(MESSAGE_MAX))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+            // The sender is dropped only when this function ends, which is a stop as well.
+            stopped.await.unwrap_or_default();
+        });
+    tokio::pin!(serving);
+    tokio::select! {
+        result = &mut serving => return result.context("serve"),
+        () = stop => {}
+    }
+    drop(stopping);
+    match tokio::time::timeout(DRAIN, serving).await {
+        Ok(result) => result.context("serve"),
+        Err(_) => {
+            warn!("calls are still under way; their work is on disk and goes on at the next start");
+            Ok(())
+        }
+    }
+}
+
+/// As large as kubelet's client allows.
+const MESSAGE_MAX: usize = 16 << 20;
+
+fn private_folder(path: &Path) -> io::Result<()> {
+    // Others may pass through, to what they have been given by name, and list nothing.
+    DirBuilder::new().recursive(true).mode(0o711).create(path)
+}
+
+/// Two servers on one state folder would end each other's pods.
+fn lock(state: &Path) -> Result<File> {
+    let path = state.join("server.lock");
+    let file = File::create(&path).with_context(|| format!("open {}", path.display()))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .with_context(|| format!("another server runs on {}", state.display()))?;
+    Ok(file)
+}
+
+/// Listens on the socket, which only root may use. A socket left by a dead server is replaced.
+fn listen(socket: &Path) -> io::Result<UnixListener> {
+    if let Some(folder) = socket.parent() {
+        private_folder(folder)?;
+    }
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    fs::set_permissions(socket, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Tells systemd, when it asked for that, that calls are answered from now on.
+fn notify_ready() {
+    use std::os::{linux::net::SocketAddrExt, unix::net};
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let bytes = name.as_encoded_bytes();
+    let address = match bytes.strip_prefix(b"@") {
+        Some(name) => net::SocketAddr::from_abstract_name(name),
+        None => net::SocketAddr::from_pathname(&name),
+    };
+    let sent = address
+        .and_then(|address| net::UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    if let Err(error) = sent {
+        warn!(%error, "cannot tell the service manager that the server is ready");
+    }
+}
