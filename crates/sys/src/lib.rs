@@ -14,3 +14,4 @@ pub mod pidfd;
 pub mod seccomp;
 pub mod spawn;
 pub mod tap;
+pub mod watch;

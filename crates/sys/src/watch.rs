@@ -1,0 +1,13 @@
+//! Descriptors the runtime waits on.
+
+use std::{io, os::fd::OwnedFd};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Lets tasks wait for `fd`. Must be called within a runtime.
+///
+/// # Errors
+/// When the descriptor cannot be polled (a regular file).
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is open and stays the same descriptor until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
