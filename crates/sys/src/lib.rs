@@ -4,9 +4,11 @@
 #![allow(unsafe_code)]
 pub mod cgroup;
 pub mod clone3;
+pub mod close;
 pub mod device_filter;
 pub mod entropy;
 pub mod exec;
+pub mod fsid;
 pub mod memfd;
 pub mod mount_attr;
 pub mod namespace;
