@@ -4,7 +4,7 @@
 #
 #   guest/build.sh OUT_DIR AGENT_BINARY
 #
-# The package is kept in OUT_DIR/cache. KERNEL_PACKAGE chooses another one; it must be 6.12 or
+# The package is kept in GUEST_CACHE (OUT_DIR/cache). KERNEL_PACKAGE chooses another one; it must be 6.12 or
 # newer (file-backed EROFS, idmapped FUSE). The initramfs is the same for the same input.
 set -euo pipefail
 
@@ -37,30 +37,32 @@ kernel_package() {
 	die "no cloud kernel of 6.12 or newer is known to apt: run apt-get update, or set KERNEL_PACKAGE"
 }
 
-mkdir -p "$out/cache"
+mkdir -p "$out" "${cache:=${GUEST_CACHE:-$out/cache}}"
 out=$(cd "$out" && pwd)
+cache=$(cd "$cache" && pwd)
 agent=$(readlink -f "$agent")
 
-deb=$(find "$out/cache" -name 'linux-image-*.deb' -print -quit)
+deb=$(find "$cache" -name 'linux-image-*.deb' -print -quit)
 if [ -z "$deb" ]; then
 	package=${KERNEL_PACKAGE:-$(kernel_package)}
 	say "fetching $package"
 	# _apt cannot write into a private folder; fetching as root is what apt falls back to anyway.
-	(cd "$out/cache" && apt-get -o APT::Sandbox::User=root -qq download "$package")
-	deb=$(find "$out/cache" -name 'linux-image-*.deb' -print -quit)
+	(cd "$cache" && apt-get -o APT::Sandbox::User=root -qq download "$package")
+	deb=$(find "$cache" -name 'linux-image-*.deb' -print -quit)
 fi
 
 work=$(mktemp -d "$out/.build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-unpacked=$out/cache/$(basename "$deb" .deb)
+unpacked=$cache/$(basename "$deb" .deb)
 if [ ! -d "$unpacked" ]; then
 	say "unpacking $(basename "$deb")"
 	dpkg-deb -x "$deb" "$work/kernel"
 	release=$(basename "$work"/kernel/lib/modules/* "$work"/kernel/usr/lib/modules/* 2>/dev/null | grep -v '\*' | head -n 1)
 	[ -d "$work/kernel/lib/modules" ] || mv "$work/kernel/usr/lib" "$work/kernel/lib"
 	depmod -b "$work/kernel" "$release"
-	mv "$work/kernel" "$unpacked"
+	# Another build may have been faster.
+	mv -T "$work/kernel" "$unpacked" 2>/dev/null || [ -d "$unpacked" ]
 fi
 release=$(basename "$unpacked"/lib/modules/*)
 

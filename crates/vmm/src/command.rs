@@ -1,0 +1,247 @@
+//! QEMU's command line: the same machine for template, clone and boot, so that a template's device
+//! state fits a clone. Change a device here and [`crate::template::FORMAT`] with it.
+
+use a3s_box_sys::spawn::{Identity, Spawn};
+use a3s_box_types::shim::{Accel, VmConfig};
+use std::{
+    fs,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::Path,
+};
+
+/// Descriptor numbers inside QEMU.
+mod fd {
+    pub(super) const QMP: i32 = 10;
+    pub(super) const AGENT: i32 = 11;
+    pub(super) const VOLUMES: i32 = 12;
+    pub(super) const CONSOLE: i32 = 13;
+    pub(super) const TAP: i32 = 14;
+    pub(super) const DISK: i32 = 15;
+    pub(super) const RAM: i32 = 16;
+    pub(super) const KERNEL: i32 = 17;
+    pub(super) const INITRAMFS: i32 = 18;
+    /// The device state a clone loads.
+    pub(super) const STATE: i32 = 19;
+}
+
+/// The address QMP's `migrate-incoming` takes for the device state.
+pub(crate) const STATE_URI: &str = "fd:19";
+
+/// The guest's kernel arguments. A panic ends the machine at once.
+const KERNEL_ARGS: &str = "console=ttyS0 loglevel=4 panic=-1 reboot=t swiotlb=noforce random.trust_cpu=on mitigations=auto";
+
+/// What QEMU is given besides its arguments.
+pub(crate) struct Wires {
+    pub qmp: OwnedFd,
+    pub agent: OwnedFd,
+    pub volumes: OwnedFd,
+    pub console: OwnedFd,
+    pub tap: OwnedFd,
+    pub disk: OwnedFd,
+}
+
+/// Where the guest's memory and first instruction come from.
+pub(crate) enum Origin {
+    /// A kernel; memory is QEMU's own.
+    Boot { kernel: OwnedFd, initramfs: OwnedFd },
+    /// A kernel; memory is the shared file `ram`.
+    Template {
+        kernel: OwnedFd,
+        initramfs: OwnedFd,
+        ram: OwnedFd,
+    },
+    /// A private view of the sealed file `ram`, and the device state in `state`.
+    Clone { ram: OwnedFd, state: OwnedFd },
+}
+
+/// QEMU for `config`, ready to start.
+pub(crate) fn qemu(config: &VmConfig, wires: Wires, origin: Origin) -> Spawn {
+    let mut qemu = Spawn::new(&config.qemu);
+    qemu.session = true;
+    qemu.death_signal = Some(libc_sigkill());
+    qemu.no_huge_pages = true;
+    qemu.identity = Some(Identity {
+        uid: config.uid,
+        groups: kvm_group(config.accel),
+    });
+    machine(&mut qemu, config);
+    memory_and_start(&mut qemu, config, origin);
+    devices(&mut qemu, wires);
+    qemu
+}
+
+fn libc_sigkill() -> i32 {
+    rustix::process::Signal::KILL.as_raw()
+}
+
+fn machine(qemu: &mut Spawn, config: &VmConfig) {
+    args(
+        qemu,
+        &[
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ],
+    );
+    args(qemu, &["-name", "a3s-box,debug-threads=on"]);
+    args(
+        qemu,
+        &[
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ],
+    );
+    args(
+        qemu,
+        &[
+            "-machine",
+            "q35,memory-backend=ram,sata=off,smbus=off,hpet=off,vmport=off,i8042=off",
+        ],
+    );
+    match config.accel {
+        Accel::Kvm => args(qemu, &["-accel", "kvm", "-cpu", "host"]),
+        // la57 would make every page walk five levels deep.
+        Accel::Tcg => args(qemu, &["-accel", "tcg,tb-size=32", "-cpu", "max,la57=off"]),
+    }
+    args(qemu, &["-smp", &config.size.vcpus.to_string()]);
+    args(qemu, &["-m", &format!("{}M", config.size.memory_mb)]);
+}
+
+fn memory_and_start(qemu: &mut Spawn, config: &VmConfig, origin: Origin) {
+    let size = config.size.memory_mb;
+    let file = |share| {
+        format!(
+            "memory-backend-file,id=ram,size={size}M,share={share},mem-path=/proc/self/fd/{}",
+            fd::RAM
+        )
+    };
+    let boot = |qemu: &mut Spawn, kernel: OwnedFd, initramfs: OwnedFd| {
+        qemu.fd(kernel, fd::KERNEL).fd(initramfs, fd::INITRAMFS);
+        args(
+            qemu,
+            &[
+                "-kernel",
+                &path(fd::KERNEL),
+                "-initrd",
+                &path(fd::INITRAMFS),
+            ],
+        );
+        args(qemu, &["-append", KERNEL_ARGS]);
+    };
+    match origin {
+        Origin::Boot { kernel, initramfs } => {
+            args(
+                qemu,
+                &[
+                    "-object",
+                    &format!("memory-backend-ram,id=ram,size={size}M"),
+                ],
+            );
+            boot(qemu, kernel, initramfs);
+        }
+        Origin::Template {
+            kernel,
+            initramfs,
+            ram,
+        } => {
+            qemu.fd(ram, fd::RAM);
+            args(qemu, &["-object", &file("on")]);
+            boot(qemu, kernel, initramfs);
+        }
+        Origin::Clone { ram, state } => {
+            qemu.fd(ram, fd::RAM).fd(state, fd::STATE);
+            args(qemu, &["-object", &file("off"), "-incoming", "defer"]);
+        }
+    }
+}
+
+fn devices(qemu: &mut Spawn, wires: Wires) {
+    qemu.fd(wires.qmp, fd::QMP)
+        .fd(wires.agent, fd::AGENT)
+        .fd(wires.volumes, fd::VOLUMES)
+        .fd(wires.console, fd::CONSOLE)
+        .fd(wires.tap, fd::TAP)
+        .fd(wires.disk, fd::DISK);
+    for (id, number) in [
+        ("qmp", fd::QMP),
+        ("agent", fd::AGENT),
+        ("volumes", fd::VOLUMES),
+        ("console", fd::CONSOLE),
+    ] {
+        args(qemu, &["-chardev", &format!("socket,id={id},fd={number}")]);
+    }
+    args(qemu, &["-mon", "chardev=qmp,mode=control"]);
+    args(qemu, &["-serial", "chardev:console"]);
+    args(
+        qemu,
+        &["-device", "virtio-serial-pci,id=serial,max_ports=4"],
+    );
+    args(
+        qemu,
+        &[
+            "-device",
+            "virtserialport,bus=serial.0,nr=1,chardev=agent,name=agent",
+        ],
+    );
+    args(
+        qemu,
+        &[
+            "-device",
+            "virtserialport,bus=serial.0,nr=2,chardev=volumes,name=volumes",
+        ],
+    );
+    args(
+        qemu,
+        &["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)],
+    );
+    args(
+        qemu,
+        &[
+            "-device",
+            "virtio-net-pci,netdev=net,mac=02:00:00:00:00:01,romfile=",
+        ],
+    );
+    args(qemu, &["-add-fd", &format!("fd={},set=1", fd::DISK)]);
+    args(
+        qemu,
+        &[
+            "-blockdev",
+            "driver=file,node-name=disk,filename=/dev/fdset/1,locking=off,discard=unmap",
+            "-device",
+            "virtio-blk-pci,drive=disk",
+        ],
+    );
+    args(qemu, &["-device", "vmgenid,guid=auto"]);
+    args(
+        qemu,
+        &[
+            "-object",
+            "rng-builtin,id=rng",
+            "-device",
+            "virtio-rng-pci,rng=rng",
+        ],
+    );
+}
+
+fn args(qemu: &mut Spawn, args: &[&str]) {
+    for arg in args {
+        qemu.arg(*arg);
+    }
+}
+
+fn path(fd: i32) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
+/// The group that may open /dev/kvm, which QEMU does by itself.
+fn kvm_group(accel: Accel) -> Vec<u32> {
+    match accel {
+        Accel::Kvm => fs::metadata(Path::new("/dev/kvm"))
+            .map(|meta| meta.gid())
+            .into_iter()
+            .collect(),
+        Accel::Tcg => Vec::new(),
+    }
+}
