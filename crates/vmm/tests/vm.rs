@@ -1,4 +1,5 @@
 //! Real QEMU guests: booted, frozen, cloned, killed. They need the guest kernel of `make build`.
+#![allow(clippy::unwrap_used)]
 
 use a3s_box_types::shim::{Accel, Start, VmConfig, VmSize};
 use a3s_box_vmm::{
