@@ -29,8 +29,10 @@ pub struct ShimConfig {
     pub version: u32,
     /// Whose boundary it is.
     pub sandbox_id: SandboxId,
-    /// The writable layer's disk, made by the shim, removed by the server's teardown.
+    /// The writable layers' disk, made by the shim, removed by the server's teardown.
     pub disk: PathBuf,
+    /// Size in bytes of a disk that is not a template's.
+    pub disk_bytes: u64,
     /// The virtual machine.
     pub vm: VmConfig,
 }
@@ -86,4 +88,80 @@ pub enum Start {
         /// cpio with the agent and its modules.
         initramfs: PathBuf,
     },
+}
+
+/// File name of [`Processes`] in the state folder.
+pub const PROCESSES_FILE: &str = "processes.json";
+/// Folder of the [`ContainerRecord`]s in the state folder, one `ID.json` each.
+pub const CONTAINERS_DIR: &str = "containers";
+
+/// The processes of a boundary, so that exactly these can be ended when the shim cannot do it. Each
+/// is written before the next one is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processes {
+    /// The shim itself; the others die with it.
+    pub shim: Process,
+    /// QEMU.
+    pub vmm: Option<Process>,
+    /// The share's server.
+    pub volume_server: Option<Process>,
+}
+
+/// One process, named so that a reused number is not mistaken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// Clock ticks since boot (field 22 of /proc/PID/stat).
+    pub start_time: u64,
+}
+
+/// What a shim knows of one container, as it stands on disk. Times are Unix nanoseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerRecord {
+    /// Format of this file; 1.
+    pub version: u32,
+    /// Whose record it is.
+    pub container_id: crate::ContainerId,
+    /// Where it stands.
+    pub phase: ContainerPhase,
+    /// When it was created.
+    pub created_at: i64,
+    /// When its command was started; 0 before.
+    pub started_at: i64,
+    /// How it ended.
+    pub exit: Option<ContainerExit>,
+    /// Process id of its first process in the guest.
+    pub guest_pid: u32,
+    /// User id its command runs as.
+    pub uid: u32,
+    /// Group id its command runs as.
+    pub gid: u32,
+    /// All further groups.
+    pub groups: Vec<u32>,
+}
+
+/// Where a container stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContainerPhase {
+    /// Made; its command has not run.
+    Created,
+    /// Its command runs.
+    Running,
+    /// Its command has ended.
+    Exited,
+}
+
+/// How a container ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerExit {
+    /// 0 to 255; 128 and the signal's number when a signal ended it.
+    pub code: i32,
+    /// 0 unless a signal ended it.
+    pub signal: u32,
+    /// When.
+    pub exited_at: i64,
+    /// The kernel killed it for lack of memory.
+    pub oom_killed: bool,
 }
