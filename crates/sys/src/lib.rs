@@ -9,6 +9,7 @@ pub mod device_filter;
 pub mod entropy;
 pub mod exec;
 pub mod fsid;
+pub mod inherit;
 pub mod memfd;
 pub mod mount_attr;
 pub mod namespace;
