@@ -92,11 +92,14 @@ pub fn clone3(_proof: &SingleThreaded, wish: &Clone3<'_>) -> io::Result<Cloned> 
     match pid {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Cloned::Child),
-        // SAFETY: on success the kernel stored a new descriptor that nobody else owns.
-        pid => Ok(Cloned::Parent {
-            pid: pid as u32,
-            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-        }),
+        pid => {
+            // SAFETY: on success the kernel stored a new descriptor that nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok(Cloned::Parent {
+                pid: pid as u32,
+                pidfd,
+            })
+        }
     }
 }
 

@@ -9,7 +9,7 @@ pub const INSTRUCTION: usize = size_of::<libc::sock_filter>();
 /// Needs CAP_SYS_ADMIN or no_new_privs. `flags` are the kernel's SECCOMP_FILTER_FLAG_*.
 pub fn install(program: &[u8], flags: u64) -> io::Result<()> {
     let count = program.len() / INSTRUCTION;
-    if program.len() % INSTRUCTION != 0 || count == 0 || count > usize::from(u16::MAX) {
+    if !program.len().is_multiple_of(INSTRUCTION) || count == 0 || count > usize::from(u16::MAX) {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let filter: Vec<libc::sock_filter> = program
