@@ -1,1 +1,161 @@
-fn main() {}
+//! `a3s-box-agent`: runs a sandbox's containers.
+//!
+//! Without arguments it is PID 1 of a guest: it mounts what the guest has and serves the calls of
+//! `proto/agent.proto` on the virtio-serial port `agent`. With `--socket FD` it is an ordinary
+//! process that serves them on an inherited socket, in folders given on the command line, and ends
+//! with the connection.
+//!
+//! Two processes: the *launcher*, forked before anything has threads, makes every container's and
+//! exec's process; the *agent* reaps them and serves, on one thread. Start reading in [`rpc`],
+//! [`container`] and, on the other side of the fork, [`child`].
+
+mod agent;
+mod attach;
+mod boot;
+mod cgroup;
+mod child;
+mod config;
+mod container;
+mod error;
+mod events;
+mod exec;
+mod launcher;
+mod layers;
+mod limits;
+mod log;
+mod mounts;
+mod network;
+mod plan;
+mod port;
+mod process;
+mod reaper;
+mod rootfs;
+mod rpc;
+mod sandbox;
+mod seccomp_filter;
+mod serve;
+mod spawn;
+mod spec;
+mod streams;
+mod users;
+mod watcher;
+
+use agent::Agent;
+use config::{Boundary, Config};
+use error::{Error, Step};
+use rustix::fd::OwnedFd;
+use std::{ffi::OsString, os::unix::net::UnixStream, process::ExitCode, sync::Arc};
+
+const USAGE: &str = "usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgroups DIR\n       a3s-box-agent            (as PID 1 of a guest)";
+/// EX_USAGE.
+const BAD_USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let result = if rustix::process::getpid().is_init() && args.iter().all(|arg| arg != "--socket")
+    {
+        // The kernel's own words on the command line are not ours.
+        guest()
+    } else {
+        match parse(args) {
+            Some((fd, config)) => socket(fd, config),
+            None => {
+                log::error(format_args!("{USAGE}"));
+                return ExitCode::from(BAD_USAGE);
+            }
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // In a guest the kernel panics now, and the console ends with this line.
+        Err(error) => {
+            log::error(format_args!("{error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(args: Vec<OsString>) -> Option<(i32, Config)> {
+    let mut args = args.into_iter();
+    let mut config = Config {
+        boundary: Boundary::Host,
+        ..Config::guest()
+    };
+    let mut socket = None;
+    while let Some(name) = args.next() {
+        let value = args.next()?;
+        match name.to_str()? {
+            "--socket" => socket = Some(value.to_str()?.parse().ok()?),
+            "--share" => config.share = value.into(),
+            "--scratch" => config.scratch = value.into(),
+            "--runtime" => config.runtime = value.into(),
+            "--cgroups" => config.cgroups = value.into(),
+            _ => return None,
+        }
+    }
+    Some((socket?, config))
+}
+
+/// One thread for everything; a few more for what blocks.
+fn runtime() -> Result<tokio::runtime::Runtime, Error> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(8)
+        .thread_stack_size(256 << 10)
+        .build()
+        .step("runtime")
+}
+
+fn guest() -> Result<(), Error> {
+    let config = Config::guest();
+    boot::early(&config)?;
+    boot::devices(&config)?;
+    let (launcher, ()) = launcher::fork(()).step("launcher")?;
+    boot::share(&config)?;
+    let port = port::open("agent").step("agent port")?;
+    let port =
+        port.ok_or_else(|| Error::NotNow("the machine has no port named agent".to_owned()))?;
+    runtime()?.block_on(async {
+        let agent = Agent::start(config, launcher)?;
+        let port = port::Port::new(port).step("agent port")?;
+        log::info(format_args!("ready"));
+        loop {
+            let connection = port.connect().await.step("agent port")?;
+            if let Err(error) = serve::serve(&agent, connection).await {
+                log::info(format_args!("connection: {error}"));
+            }
+        }
+    })
+}
+
+fn socket(fd: i32, config: Config) -> Result<(), Error> {
+    let socket = a3s_box_sys::inherit::take(fd).step("inherited socket")?;
+    let (launcher, socket): (_, OwnedFd) = launcher::fork(socket).step("launcher")?;
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(true).step("inherited socket")?;
+    runtime()?.block_on(async {
+        let agent = Agent::start(config, launcher)?;
+        let socket = tokio::net::UnixStream::from_std(socket).step("inherited socket")?;
+        if let Err(error) = serve::serve(&agent, socket).await {
+            log::info(format_args!("connection: {error}"));
+        }
+        end(&agent).await
+    })
+}
+
+/// Leaves nothing behind. Every step is tried; the first failure is told.
+async fn end(agent: &Arc<Agent>) -> Result<(), Error> {
+    let mut results = Vec::new();
+    for id in agent.ids() {
+        results.push(container::remove(agent, &id).await);
+    }
+    if let Some(pause) = agent.sandbox.get() {
+        let detach = rustix::mount::UnmountFlags::DETACH;
+        results.push(rustix::mount::unmount(agent.config.shm(), detach).step("unmount shm"));
+        if let Some(pause) = pause {
+            results.push(a3s_box_sys::pidfd::kill(pause).step("end the pause process"));
+        }
+    }
+    results.into_iter().collect()
+}

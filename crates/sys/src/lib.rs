@@ -15,6 +15,7 @@ pub mod mount_attr;
 pub mod namespace;
 pub mod pidfd;
 pub mod seccomp;
+pub mod signal;
 pub mod spawn;
 pub mod tap;
 pub mod watch;

@@ -1,0 +1,185 @@
+//! A virtio-serial port: a byte stream to the host, whose other end comes and goes.
+//!
+//! When the host connects, the guest speaks first: [`HELLO`]. The host is silent until it has seen
+//! that, and the guest says nothing more until the host speaks, so a template can be saved between
+//! the two.
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, epoll, poll},
+    fd::{AsFd, OwnedFd},
+    io::Errno,
+};
+use std::{
+    fs::{self, File},
+    io,
+    mem::MaybeUninit,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
+
+/// The first bytes of every connection.
+pub const HELLO: &[u8; 8] = b"A3SBOX1\n";
+
+const CLASS: &str = "/sys/class/virtio-ports";
+
+/// Finds and opens the port of that name; none when the machine has no such port.
+pub fn open(name: &str) -> io::Result<Option<File>> {
+    let entries = match fs::read_dir(CLASS) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if fs::read_to_string(entry.path().join("name")).is_ok_and(|found| found.trim() == name) {
+            let device = PathBuf::from("/dev").join(entry.file_name());
+            return File::options()
+                .read(true)
+                .write(true)
+                .open(device)
+                .map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// The agent's port.
+#[derive(Debug)]
+pub struct Port {
+    file: File,
+    /// Reports a change of the port once: a port without a host is "readable" all the time.
+    edges: AsyncFd<OwnedFd>,
+}
+
+impl Port {
+    /// Takes an open port. Needs a runtime.
+    pub fn new(file: File) -> io::Result<Self> {
+        rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::NONBLOCK)?;
+        let edges = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&edges, &file, epoll::EventData::new_u64(0), flags)?;
+        Ok(Self {
+            file,
+            edges: a3s_box_sys::watch::watch(edges, Interest::READABLE)?,
+        })
+    }
+
+    /// Waits for the host, says hello, and returns once the host has spoken.
+    pub async fn connect(&self) -> io::Result<Connection> {
+        loop {
+            self.until(|state| !state.contains(PollFlags::HUP)).await?;
+            if !self.say_hello().await? {
+                continue;
+            }
+            let state = self
+                .until(|state| state.intersects(PollFlags::IN | PollFlags::HUP))
+                .await?;
+            if !state.contains(PollFlags::HUP) {
+                let file = self.file.try_clone()?;
+                let fd = a3s_box_sys::watch::watch(
+                    file.into(),
+                    Interest::READABLE | Interest::WRITABLE,
+                )?;
+                return Ok(Connection(fd));
+            }
+        }
+    }
+
+    /// False when the host hung up.
+    async fn say_hello(&self) -> io::Result<bool> {
+        let mut rest = HELLO.as_slice();
+        while !rest.is_empty() {
+            match rustix::io::write(&self.file, rest) {
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let state = self
+                        .until(|state| state.intersects(PollFlags::OUT | PollFlags::HUP))
+                        .await?;
+                    if state.contains(PollFlags::HUP) {
+                        return Ok(false);
+                    }
+                }
+                Err(Errno::PIPE) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    async fn until(&self, wanted: impl Fn(PollFlags) -> bool) -> io::Result<PollFlags> {
+        loop {
+            let state = self.state()?;
+            if wanted(state) {
+                return Ok(state);
+            }
+            let mut ready = self.edges.readable().await?;
+            ready.clear_ready();
+            let mut events = [MaybeUninit::uninit(); 4];
+            epoll::wait(
+                self.edges.get_ref(),
+                &mut events,
+                Some(&Timespec::default()),
+            )?;
+        }
+    }
+
+    fn state(&self) -> io::Result<PollFlags> {
+        let mut set = [PollFd::new(&self.file, PollFlags::IN | PollFlags::OUT)];
+        rustix::io::retry_on_intr(|| poll(&mut set, Some(&Timespec::default())))?;
+        Ok(set[0].revents())
+    }
+}
+
+/// One connection of the host.
+#[derive(Debug)]
+pub struct Connection(AsyncFd<OwnedFd>);
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut ready = ready!(self.0.poll_read_ready(context))?;
+            let result =
+                ready.try_io(|fd| Ok(rustix::io::read(fd.as_fd(), buffer.initialize_unfilled())?));
+            match result {
+                Ok(Ok(count)) => {
+                    buffer.advance(count);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return Poll::Ready(Err(error)),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.0.poll_write_ready(context))?;
+            match ready.try_io(|fd| Ok(rustix::io::write(fd.as_fd(), bytes)?)) {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(result) => return Poll::Ready(result),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,150 @@
+//! The gRPC surface: one method per call, each handed to its module in a task of its own, so that a
+//! caller who goes away leaves no half-made thing.
+
+use crate::{
+    agent::Agent,
+    attach, container,
+    error::{Error, Step},
+    exec, sandbox,
+};
+use a3s_box_api::agent::v1::{self as api, agent_server, exec_input};
+use std::{future::Future, sync::Arc};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Messages on their way to a slow caller, beyond what the connection itself holds.
+const WAITING: usize = 2;
+/// As large as a CRI request may be.
+const LARGEST_REQUEST: usize = 16 << 20;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Service(Arc<Agent>);
+
+/// The service for a connection.
+pub fn service(agent: &Arc<Agent>) -> agent_server::AgentServer<Service> {
+    agent_server::AgentServer::new(Service(Arc::clone(agent)))
+        .max_decoding_message_size(LARGEST_REQUEST)
+}
+
+async fn finish<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<Response<T>, Status> {
+    let done = tokio::spawn(work)
+        .await
+        .map_err(std::io::Error::other)
+        .step("task")?;
+    Ok(Response::new(done?))
+}
+
+type Answers<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl agent_server::Agent for Service {
+    type ContainerIoStream = Answers<api::IoOutput>;
+    type ExecStream = Answers<api::ExecOutput>;
+    type EventsStream = Answers<api::Event>;
+
+    async fn configure_sandbox(
+        &self,
+        request: Request<api::ConfigureSandboxRequest>,
+    ) -> Result<Response<api::ConfigureSandboxResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move { sandbox::configure(&agent, request.into_inner()).await }).await
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<api::CreateContainerRequest>,
+    ) -> Result<Response<api::CreateContainerResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move { container::create(&agent, request.into_inner()).await }).await
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<api::StartContainerRequest>,
+    ) -> Result<Response<api::StartContainerResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move { container::start(&agent, &request.into_inner().container_id).await })
+            .await
+    }
+
+    async fn signal_container(
+        &self,
+        request: Request<api::SignalContainerRequest>,
+    ) -> Result<Response<api::SignalContainerResponse>, Status> {
+        container::send_signal(&self.0, request.get_ref())?;
+        Ok(Response::new(api::SignalContainerResponse {}))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<api::RemoveContainerRequest>,
+    ) -> Result<Response<api::RemoveContainerResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move {
+            container::remove(&agent, &request.into_inner().container_id).await?;
+            Ok(api::RemoveContainerResponse {})
+        })
+        .await
+    }
+
+    async fn container_io(
+        &self,
+        request: Request<Streaming<api::IoInput>>,
+    ) -> Result<Response<Self::ContainerIoStream>, Status> {
+        let mut inputs = request.into_inner();
+        let first = inputs
+            .message()
+            .await?
+            .ok_or_else(|| Error::invalid("no container was named"))?;
+        let container = self.0.container(&first.container_id)?;
+        let streams = container.take_streams()?;
+        let (answers, receiver) = mpsc::channel(WAITING);
+        tokio::spawn(attach::run(container, streams, first, inputs, answers));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<api::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        let mut inputs = request.into_inner();
+        let first = inputs.message().await?.and_then(|message| message.kind);
+        let Some(exec_input::Kind::Start(start)) = first else {
+            return Err(Error::invalid("the first message of Exec is its start").into());
+        };
+        let (answers, receiver) = mpsc::channel(WAITING);
+        tokio::spawn(exec::run(Arc::clone(&self.0), start, inputs, answers));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn events(
+        &self,
+        _request: Request<api::EventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        let agent = Arc::clone(&self.0);
+        let (answers, receiver) = mpsc::channel(WAITING);
+        tokio::spawn(async move {
+            let mut changes = agent.events.changes();
+            let mut seen = 0;
+            loop {
+                changes.borrow_and_update();
+                let (events, last) = agent.events.after(seen);
+                seen = last;
+                for event in events {
+                    if answers.send(Ok(event)).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = answers.closed() => return,
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}

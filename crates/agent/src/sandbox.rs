@@ -1,0 +1,232 @@
+//! ConfigureSandbox: makes a freshly cloned guest this pod's.
+
+use crate::{
+    agent::{Agent, blocking},
+    config::{Boundary, Config},
+    error::{Error, Step},
+    network,
+};
+use a3s_box_api::agent::v1 as api;
+use rustix::{
+    mount::{MountFlags, mount},
+    time::{ClockId, Timespec, clock_settime},
+};
+use std::{
+    ffi::CString,
+    fs,
+    path::{Component, Path},
+    sync::{Arc, PoisonError},
+};
+
+const DEFAULT_SHM: u64 = 64 << 20;
+/// Less is no secret.
+const LEAST_ENTROPY: usize = 32;
+const NANOS: i64 = 1_000_000_000;
+
+/// Does it, once.
+pub async fn configure(
+    agent: &Arc<Agent>,
+    request: api::ConfigureSandboxRequest,
+) -> Result<api::ConfigureSandboxResponse, Error> {
+    {
+        let mut begun = agent
+            .configuring
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *begun, true) {
+            return Err(Error::NotNow(
+                "the sandbox was configured before".to_owned(),
+            ));
+        }
+    }
+    let shared = request.shared_pid_namespace;
+    let config = agent.config.clone();
+    blocking(move || match config.boundary {
+        Boundary::Guest => guest(&config, &request),
+        Boundary::Host => host(&config, &request),
+    })
+    .await?;
+    let pause = if shared {
+        Some(agent.pause().await?)
+    } else {
+        None
+    };
+    // Only the one call that has begun comes here.
+    drop(agent.sandbox.set(pause));
+    let kernel_release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    Ok(api::ConfigureSandboxResponse { kernel_release })
+}
+
+fn guest(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
+    if request.entropy.len() < LEAST_ENTROPY {
+        return Err(Error::invalid(format!(
+            "entropy has {} bytes, {LEAST_ENTROPY} are needed",
+            request.entropy.len()
+        )));
+    }
+    a3s_box_sys::entropy::add(&request.entropy).step("entropy")?;
+    let now = Timespec {
+        tv_sec: request.now_unix_nanos.div_euclid(NANOS),
+        tv_nsec: request.now_unix_nanos.rem_euclid(NANOS),
+    };
+    clock_settime(ClockId::Realtime, now).step("clock")?;
+    let hostname = &request.hostname;
+    rustix::system::sethostname(hostname.as_bytes()).step(format_args!("hostname {hostname:?}"))?;
+    if let Some(network) = &request.network {
+        network::configure(network)?;
+    }
+    files(config, request)?;
+    let mut sysctls: Vec<_> = request.sysctls.iter().collect();
+    sysctls.sort();
+    for (name, value) in sysctls {
+        set_sysctl(Path::new("/proc/sys"), name, value)?;
+    }
+    Ok(())
+}
+
+/// The node's kernel: only the files are the pod's own.
+fn host(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
+    if request.network.is_some() {
+        return Err(Error::Unsupported("network outside a guest".to_owned()));
+    }
+    if let Some(name) = request.sysctls.keys().next() {
+        return Err(Error::Unsupported(format!("sysctl {name} outside a guest")));
+    }
+    files(config, request)
+}
+
+fn files(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
+    let write = |name: &str, text: String| {
+        fs::write(config.etc(name), text).step(format_args!("write {name}"))
+    };
+    write("hostname", format!("{}\n", request.hostname))?;
+    write("hosts", hosts(request))?;
+    write("resolv.conf", resolv_conf(request.dns.as_ref()))?;
+    let size = if request.shm_bytes == 0 {
+        DEFAULT_SHM
+    } else {
+        request.shm_bytes
+    };
+    let options = CString::new(format!("mode=1777,size={size}"))
+        .map_err(std::io::Error::from)
+        .step("shm")?;
+    fs::create_dir_all(config.shm()).step("shm")?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("shm", config.shm(), "tmpfs", flags, options.as_c_str()).step("shm")
+}
+
+fn hosts(request: &api::ConfigureSandboxRequest) -> String {
+    let mut text = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    let interfaces = request
+        .network
+        .iter()
+        .flat_map(|network| &network.interfaces);
+    for address in interfaces.flat_map(|interface| &interface.addresses) {
+        let address = address.split('/').next().unwrap_or_default();
+        if !request.hostname.is_empty() && !address.starts_with("fe80:") {
+            text.push_str(&format!("{address}\t{}\n", request.hostname));
+        }
+    }
+    text
+}
+
+fn resolv_conf(dns: Option<&api::Dns>) -> String {
+    let Some(dns) = dns else { return String::new() };
+    let mut text = String::new();
+    for server in &dns.servers {
+        text.push_str(&format!("nameserver {server}\n"));
+    }
+    for (word, list) in [("search", &dns.searches), ("options", &dns.options)] {
+        if !list.is_empty() {
+            text.push_str(&format!("{word} {}\n", list.join(" ")));
+        }
+    }
+    text
+}
+
+/// Writes one; dots or, in a name that has them first, slashes separate its parts.
+pub fn set_sysctl(root: &Path, name: &str, value: &str) -> Result<(), Error> {
+    let what = || format!("sysctl {name} = {value}");
+    let first = name.find(['.', '/']).and_then(|at| name.get(at..=at));
+    let path = if first == Some("/") {
+        name.to_owned()
+    } else {
+        name.replace('.', "/")
+    };
+    let path = Path::new(&path);
+    if !path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)))
+        || name.is_empty()
+    {
+        return Err(Error::invalid(format!("{}: no such name", what())));
+    }
+    fs::write(root.join(path), value).step(what())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failing_sysctl_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("net/core")).unwrap();
+        fs::write(root.path().join("net/core/x"), "").unwrap();
+        set_sysctl(root.path(), "net.core.x", "1").unwrap();
+        set_sysctl(root.path(), "net/core/x", "2").unwrap();
+        assert_eq!(
+            fs::read_to_string(root.path().join("net/core/x")).unwrap(),
+            "2"
+        );
+        for bad in [
+            "kernel.nothing.here",
+            "../x",
+            "",
+            "/etc/passwd",
+            "net/../../x",
+        ] {
+            let error = set_sysctl(root.path(), bad, "1").unwrap_err().to_string();
+            assert!(error.contains(&format!("sysctl {bad} = 1")), "{error}");
+        }
+    }
+
+    #[test]
+    fn resolv_conf_has_servers_searches_and_options() {
+        let dns = api::Dns {
+            servers: vec!["10.0.0.1".into(), "fd00::1".into()],
+            searches: vec!["a.b".into(), "c".into()],
+            options: vec!["ndots:5".into()],
+        };
+        assert_eq!(
+            resolv_conf(Some(&dns)),
+            "nameserver 10.0.0.1\nnameserver fd00::1\nsearch a.b c\noptions ndots:5\n"
+        );
+        assert_eq!(resolv_conf(None), "");
+    }
+
+    #[test]
+    fn the_pods_own_name_is_in_its_hosts_file() {
+        let interface = api::Interface {
+            addresses: vec!["10.1.0.5/24".into(), "fe80::1/64".into()],
+            ..api::Interface::default()
+        };
+        let network = api::Network {
+            interfaces: vec![interface],
+            ..api::Network::default()
+        };
+        let request = api::ConfigureSandboxRequest {
+            hostname: "web-0".into(),
+            network: Some(network),
+            ..api::ConfigureSandboxRequest::default()
+        };
+        let text = hosts(&request);
+        assert!(
+            text.contains("\n10.1.0.5\tweb-0\n") && !text.contains("fe80"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,223 @@
+//! A process's standard streams, between its pipes or terminal and a call's messages.
+//!
+//! Nothing is stored here but one message on its way: while nobody takes it, the pipe is not read,
+//! and its writer waits.
+
+use crate::error::{Error, Step};
+use bytes::Bytes;
+use rustix::{
+    fd::OwnedFd,
+    io::Errno,
+    pipe::{PipeFlags, pipe_with},
+    termios::Winsize,
+};
+use std::sync::Arc;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, watch},
+};
+
+/// The largest message.
+const CHUNK: usize = 16 << 10;
+
+/// Which output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Also a terminal's.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+type Fd = Arc<AsyncFd<OwnedFd>>;
+
+/// The agent's ends.
+#[derive(Debug)]
+pub struct Streams {
+    /// Where stdin goes.
+    pub input: Input,
+    /// What comes out.
+    pub outputs: Vec<(Output, OutputEnd)>,
+}
+
+/// Where stdin goes.
+#[derive(Debug)]
+pub struct Input {
+    fd: Option<Fd>,
+    terminal: bool,
+}
+
+/// One output's end.
+#[derive(Debug)]
+pub struct OutputEnd(Fd);
+
+/// The child's ends of three new pipes, and the agent's. Without `stdin` the child reads nothing.
+pub fn pipes(stdin: Stdin) -> Result<([Option<OwnedFd>; 3], Streams), Error> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).step("pipe");
+    let (child_in, input) = match stdin {
+        Stdin::Open => {
+            let (read, write) = pipe()?;
+            (read, Some(register(write, Interest::WRITABLE)?))
+        }
+        Stdin::Empty => (
+            std::fs::File::open("/dev/null").step("/dev/null")?.into(),
+            None,
+        ),
+    };
+    let (out, child_out) = pipe()?;
+    let (err, child_err) = pipe()?;
+    let outputs = vec![
+        (
+            Output::Stdout,
+            OutputEnd(register(out, Interest::READABLE)?),
+        ),
+        (
+            Output::Stderr,
+            OutputEnd(register(err, Interest::READABLE)?),
+        ),
+    ];
+    let streams = Streams {
+        input: Input {
+            fd: input,
+            terminal: false,
+        },
+        outputs,
+    };
+    Ok(([Some(child_in), Some(child_out), Some(child_err)], streams))
+}
+
+/// Whether anybody will write to stdin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdin {
+    /// A pipe.
+    Open,
+    /// /dev/null.
+    Empty,
+}
+
+/// The streams of a terminal.
+pub fn terminal(master: OwnedFd) -> Result<Streams, Error> {
+    let fd = register(master, Interest::READABLE | Interest::WRITABLE)?;
+    let input = Input {
+        fd: Some(Arc::clone(&fd)),
+        terminal: true,
+    };
+    Ok(Streams {
+        input,
+        outputs: vec![(Output::Stdout, OutputEnd(fd))],
+    })
+}
+
+fn register(fd: OwnedFd, interest: Interest) -> Result<Fd, Error> {
+    rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK).step("standard streams")?;
+    a3s_box_sys::watch::watch(fd, interest)
+        .map(Arc::new)
+        .step("standard streams")
+}
+
+impl Input {
+    /// Writes everything, waiting for the process to read. Nobody reading is not an error: the
+    /// process need not take its input.
+    pub async fn write(&mut self, mut bytes: &[u8]) {
+        let Some(fd) = &self.fd else { return };
+        while !bytes.is_empty() {
+            match rustix::io::write(fd.get_ref(), bytes) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => match fd.writable().await {
+                    Ok(mut ready) => ready.clear_ready(),
+                    Err(_) => return self.fd = None,
+                },
+                Err(_) => return self.close(),
+            }
+        }
+    }
+
+    /// The process reads the end of its input. A terminal stays: it has no end but a hang-up.
+    pub fn close(&mut self) {
+        if !self.terminal {
+            self.fd = None;
+        }
+    }
+
+    /// The terminal's new size; nothing for a pipe.
+    pub fn resize(&self, width: u32, height: u32) {
+        let size = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
+        let size = Winsize {
+            ws_row: size(height),
+            ws_col: size(width),
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        if let (true, Some(fd)) = (self.terminal, &self.fd) {
+            // It fails only when the terminal is gone, and then nobody looks at it.
+            rustix::termios::tcsetwinsize(fd.get_ref(), size).ok();
+        }
+    }
+}
+
+impl OutputEnd {
+    /// Passes output on until its end, or, once `ended` is true, until nothing is left of what the
+    /// process wrote. When nobody takes messages any more, output is read and thrown away, so that
+    /// the process is not stopped by it.
+    pub async fn pump<T>(
+        self,
+        messages: mpsc::Sender<T>,
+        wrap: impl Fn(Bytes) -> T,
+        mut ended: watch::Receiver<bool>,
+    ) {
+        let mut buffer = Vec::with_capacity(CHUNK);
+        loop {
+            let permit = messages.reserve().await.ok();
+            buffer.clear();
+            match rustix::io::read(
+                self.0.get_ref(),
+                rustix::buffer::spare_capacity(&mut buffer),
+            ) {
+                Ok(0) => return,
+                Ok(_) => {
+                    if let Some(permit) = permit {
+                        permit.send(wrap(Bytes::copy_from_slice(&buffer)));
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    drop(permit);
+                    if *ended.borrow() {
+                        return;
+                    }
+                    tokio::select! {
+                        ready = self.0.readable() => match ready {
+                            Ok(mut ready) => ready.clear_ready(),
+                            Err(_) => return,
+                        },
+                        // An error: the sender is gone, and so is the process.
+                        changed = ended.changed() => if changed.is_err() { return },
+                    }
+                }
+                // A terminal whose last user is gone says EIO.
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// A second handle, to keep reading for those who still write after the process's own end.
+    pub fn rest(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+
+    /// Reads to the end and throws it away.
+    pub async fn discard(self) {
+        let mut buffer = [0; 4096];
+        loop {
+            match rustix::io::read(self.0.get_ref(), &mut buffer) {
+                Ok(1..) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => match self.0.readable().await {
+                    Ok(mut ready) => ready.clear_ready(),
+                    Err(_) => return,
+                },
+                Ok(0) | Err(_) => return,
+            }
+        }
+    }
+}
