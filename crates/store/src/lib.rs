@@ -155,6 +155,12 @@ impl Store {
         Ok(objects)
     }
 
+    /// One object with its records, without any when there is no such object. What cannot be read is
+    /// set aside on the way.
+    pub fn read(&self, object: &str) -> Result<Object, StoreError> {
+        if self.folder(object)?.is_dir() { self.scan_object(object) } else { Ok(Object::default()) }
+    }
+
     /// Moves a record to the quarantine, where nothing reads it and nothing deletes it.
     pub fn set_aside(&self, object: &str, record: &str, why: &str) -> Result<(), StoreError> {
         let from = self
