@@ -4,10 +4,22 @@
 //! the [`Server`]: configuration, images, network, templates and sandboxes. The binary is
 //! `main.rs`; everything else is a library so that tests can reach it.
 
+pub mod capabilities;
 pub mod config;
+pub mod container;
+pub mod container_spec;
+pub mod failpoint;
+pub mod oci_spec;
+pub mod sandbox;
+pub mod sandbox_spec;
+pub mod seccomp;
+pub mod security;
 pub mod serve;
 pub mod service;
+pub mod shim_client;
 pub mod status;
+pub mod stop_signal;
 pub mod version;
+pub mod vm_size;
 
 pub use serve::Server;

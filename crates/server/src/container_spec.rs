@@ -1,0 +1,264 @@
+//! CRI's ContainerConfig to a [`ContainerSpec`]: pure, and the place where everything is refused
+//! that a container in a guest cannot have.
+
+use crate::{
+    container::spec::{ContainerSpec, ImageName, MountSpec, Pid, Propagation, Resources, Security},
+    sandbox::SandboxError,
+    security,
+};
+use a3s_box_api::cri;
+
+/// The spec of the container that `config` asks for.
+pub fn container_spec(
+    config: &cri::ContainerConfig,
+    handler: &str,
+) -> Result<ContainerSpec, SandboxError> {
+    refuse_what_is_not_there(config)?;
+    let Some(metadata) = &config.metadata else {
+        return Err(SandboxError::invalid("metadata", "is missing"));
+    };
+    if metadata.name.is_empty() {
+        return Err(SandboxError::invalid("metadata.name", "is empty"));
+    }
+    let linux = config.linux.clone().unwrap_or_default();
+    Ok(ContainerSpec {
+        name: metadata.name.clone(),
+        attempt: metadata.attempt,
+        image: image(config.image.as_ref())?,
+        command: texts("command", &config.command)?,
+        args: texts("args", &config.args)?,
+        working_dir: working_dir(&config.working_dir)?,
+        env: env(&config.envs)?,
+        mounts: config.mounts.iter().map(mount).collect::<Result<_, _>>()?,
+        labels: config.labels.clone().into_iter().collect(),
+        annotations: config.annotations.clone().into_iter().collect(),
+        log_path: log_path(&config.log_path)?,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        tty: config.tty,
+        resources: resources(&linux.resources.unwrap_or_default())?,
+        security: security(&linux.security_context.unwrap_or_default(), handler)?,
+        stop_signal: config.stop_signal,
+    })
+}
+
+fn refuse_what_is_not_there(config: &cri::ContainerConfig) -> Result<(), SandboxError> {
+    if config.windows.is_some() {
+        return Err(SandboxError::unsupported("windows", "this node runs Linux pods"));
+    }
+    if let Some(device) = config.devices.first() {
+        let field = format!("devices[{}]", device.container_path);
+        return Err(SandboxError::unsupported(field, "host devices do not reach into a guest yet"));
+    }
+    if let Some(device) = config.cdi_devices.first() {
+        let field = format!("CDI_devices[{}]", device.name);
+        return Err(SandboxError::unsupported(field, "host devices do not reach into a guest yet"));
+    }
+    Ok(())
+}
+
+fn image(image: Option<&cri::ImageSpec>) -> Result<ImageName, SandboxError> {
+    match image {
+        Some(image) if !image.image.is_empty() => Ok(ImageName {
+            image: image.image.clone(),
+            user_specified: image.user_specified_image.clone(),
+            annotations: image.annotations.clone().into_iter().collect(),
+        }),
+        _ => Err(SandboxError::invalid("image.image", "is empty")),
+    }
+}
+
+fn texts(field: &str, list: &[String]) -> Result<Vec<String>, SandboxError> {
+    match list.iter().find(|text| text.contains('\0')) {
+        Some(text) => Err(SandboxError::invalid(field, format!("{text:?} holds a zero byte"))),
+        None => Ok(list.to_vec()),
+    }
+}
+
+fn working_dir(path: &str) -> Result<String, SandboxError> {
+    if path.is_empty() || (path.starts_with('/') && !path.contains('\0')) {
+        Ok(path.to_owned())
+    } else {
+        Err(SandboxError::invalid("working_dir", format!("{path:?} is not an absolute path")))
+    }
+}
+
+fn env(pairs: &[cri::KeyValue]) -> Result<Vec<(String, String)>, SandboxError> {
+    let mut env = Vec::new();
+    for pair in pairs {
+        let bad = |why: &str| SandboxError::invalid(format!("envs[{}]", pair.key), why);
+        if pair.key.is_empty() || pair.key.contains(['=', '\0']) {
+            return Err(bad("is no name of a variable"));
+        }
+        let value = std::str::from_utf8(&pair.value).map_err(|_| bad("is not UTF-8"))?;
+        if value.contains('\0') {
+            return Err(bad("holds a zero byte"));
+        }
+        env.push((pair.key.clone(), value.to_owned()));
+    }
+    Ok(env)
+}
+
+fn log_path(path: &str) -> Result<String, SandboxError> {
+    if path.starts_with('/') || path.contains('\0') || path.split('/').any(|part| part == "..") {
+        let why = format!("{path:?} is not a path below the sandbox's log_directory");
+        return Err(SandboxError::invalid("log_path", why));
+    }
+    Ok(path.to_owned())
+}
+
+fn mount(mount: &cri::Mount) -> Result<MountSpec, SandboxError> {
+    let at = |field: &str| format!("mounts[{}].{field}", mount.container_path);
+    if mount.container_path.is_empty() || mount.container_path.contains('\0') {
+        return Err(SandboxError::invalid(at("container_path"), "is empty or holds a zero byte"));
+    }
+    if mount.image.is_some() || !mount.image_sub_path.is_empty() {
+        return Err(SandboxError::unsupported(at("image"), "image volumes are not there yet"));
+    }
+    if !mount.host_path.starts_with('/') || mount.host_path.contains('\0') {
+        return Err(SandboxError::invalid(at("host_path"), "is not an absolute path"));
+    }
+    if mount.recursive_read_only {
+        let why = "not announced in Status for this handler";
+        return Err(SandboxError::unsupported(at("recursive_read_only"), why));
+    }
+    if let Some(option) = mount.mount_options.first() {
+        let why = "mount options are not there yet";
+        return Err(SandboxError::unsupported(at(&format!("mount_options[{option}]")), why));
+    }
+    security::no_id_mappings(&at("uidMappings"), &mount.uid_mappings)?;
+    security::no_id_mappings(&at("gidMappings"), &mount.gid_mappings)?;
+    Ok(MountSpec {
+        container_path: mount.container_path.clone(),
+        host_path: mount.host_path.clone(),
+        readonly: mount.readonly,
+        selinux_relabel: mount.selinux_relabel,
+        propagation: propagation(mount, &at("propagation"))?,
+    })
+}
+
+fn propagation(mount: &cri::Mount, field: &str) -> Result<Propagation, SandboxError> {
+    match mount.propagation() {
+        cri::MountPropagation::PropagationPrivate => Ok(Propagation::Private),
+        cri::MountPropagation::PropagationHostToContainer => Ok(Propagation::HostToContainer),
+        cri::MountPropagation::PropagationBidirectional => Err(SandboxError::unsupported(
+            format!("{field} = PROPAGATION_BIDIRECTIONAL"),
+            "mounts made in a guest do not reach the host yet",
+        )),
+    }
+}
+
+fn resources(resources: &cri::LinuxContainerResources) -> Result<Resources, SandboxError> {
+    const AT: &str = "linux.resources";
+    security::no_huge_pages(AT, resources)?;
+    for (field, value) in [
+        ("cpu_period", resources.cpu_period),
+        ("cpu_shares", resources.cpu_shares),
+        ("memory_limit_in_bytes", resources.memory_limit_in_bytes),
+    ] {
+        if value < 0 {
+            return Err(SandboxError::invalid(format!("{AT}.{field}"), "is negative"));
+        }
+    }
+    for (field, value) in
+        [("cpuset_cpus", &resources.cpuset_cpus), ("cpuset_mems", &resources.cpuset_mems)]
+    {
+        if !value.is_empty() {
+            let why = "numbers of the host's CPUs and nodes mean nothing in a guest";
+            return Err(SandboxError::unsupported(format!("{AT}.{field}"), why));
+        }
+    }
+    if !(-1000..=1000).contains(&resources.oom_score_adj) {
+        let field = format!("{AT}.oom_score_adj");
+        return Err(SandboxError::invalid(field, "is not from -1000 to 1000"));
+    }
+    Ok(Resources {
+        cpu_period: resources.cpu_period,
+        cpu_quota: resources.cpu_quota,
+        cpu_shares: resources.cpu_shares,
+        memory_limit: resources.memory_limit_in_bytes,
+        memory_swap_limit: resources.memory_swap_limit_in_bytes,
+        oom_score_adj: resources.oom_score_adj,
+        unified: resources.unified.clone().into_iter().collect(),
+    })
+}
+
+fn security(
+    context: &cri::LinuxContainerSecurityContext,
+    handler: &str,
+) -> Result<Security, SandboxError> {
+    const AT: &str = "linux.security_context";
+    security::no_host_namespaces(context.namespace_options.as_ref(), handler)?;
+    security::no_selinux(&format!("{AT}.selinux_options"), context.selinux_options.as_ref())?;
+    let apparmor = format!("{AT}.apparmor");
+    security::no_apparmor(&apparmor, context.apparmor.as_ref(), &context.apparmor_profile)?;
+    let capabilities = context.capabilities.clone().unwrap_or_default();
+    let run_as_user = id(&format!("{AT}.run_as_user"), context.run_as_user.as_ref())?;
+    let run_as_group = id(&format!("{AT}.run_as_group"), context.run_as_group.as_ref())?;
+    if run_as_user.is_some() && !context.run_as_username.is_empty() {
+        let why = "excludes run_as_user";
+        return Err(SandboxError::invalid(format!("{AT}.run_as_username"), why));
+    }
+    if run_as_group.is_some() && run_as_user.is_none() && context.run_as_username.is_empty() {
+        let why = "needs run_as_user or run_as_username";
+        return Err(SandboxError::invalid(format!("{AT}.run_as_group"), why));
+    }
+    let strict = context.supplemental_groups_policy() == cri::SupplementalGroupsPolicy::Strict;
+    Ok(Security {
+        privileged: context.privileged,
+        add_capabilities: capabilities.add_capabilities,
+        drop_capabilities: capabilities.drop_capabilities,
+        add_ambient_capabilities: capabilities.add_ambient_capabilities,
+        run_as_user,
+        run_as_username: context.run_as_username.clone(),
+        run_as_group,
+        supplemental_groups: groups(&context.supplemental_groups)?,
+        strict_groups: strict,
+        readonly_rootfs: context.readonly_rootfs,
+        no_new_privileges: context.no_new_privs,
+        masked_paths: texts(&format!("{AT}.masked_paths"), &context.masked_paths)?,
+        readonly_paths: texts(&format!("{AT}.readonly_paths"), &context.readonly_paths)?,
+        seccomp: security::seccomp(
+            &format!("{AT}.seccomp"),
+            context.seccomp.as_ref(),
+            &context.seccomp_profile_path,
+        )?,
+        pid: pid(context.namespace_options.as_ref())?,
+    })
+}
+
+fn id(field: &str, value: Option<&cri::Int64Value>) -> Result<Option<u32>, SandboxError> {
+    value
+        .map(|value| {
+            // The last one means "unchanged" to the kernel.
+            u32::try_from(value.value).ok().filter(|id| *id != u32::MAX).ok_or_else(|| {
+                SandboxError::invalid(field, format!("{} is not an id", value.value))
+            })
+        })
+        .transpose()
+}
+
+fn groups(list: &[i64]) -> Result<Vec<u32>, SandboxError> {
+    let field = "linux.security_context.supplemental_groups";
+    let group = |value: &i64| {
+        u32::try_from(*value)
+            .map_err(|_| SandboxError::invalid(field, format!("{value} is not an id")))
+    };
+    list.iter().map(group).collect()
+}
+
+fn pid(options: Option<&cri::NamespaceOption>) -> Result<Pid, SandboxError> {
+    let field = "linux.security_context.namespace_options";
+    let Some(options) = options else { return Ok(Pid::Pod) };
+    match options.pid() {
+        cri::NamespaceMode::Pod => Ok(Pid::Pod),
+        cri::NamespaceMode::Container => Ok(Pid::Container),
+        cri::NamespaceMode::Target if options.target_id.is_empty() => {
+            Err(SandboxError::invalid(format!("{field}.target_id"), "is empty"))
+        }
+        cri::NamespaceMode::Target => Ok(Pid::Target(options.target_id.clone())),
+        cri::NamespaceMode::Node => {
+            Err(SandboxError::unsupported(format!("{field}.pid = NODE"), "not in a guest"))
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! A container's OCI runtime spec, from its [`ContainerSpec`], its sandbox and its image.
+//!
+//! Pure but for reading a Localhost seccomp profile. The agent fills in what only the guest knows:
+//! the root's path, the user's ids, /dev/shm, and the pod's hosts, hostname and resolv.conf where
+//! nothing is mounted over them.
+
+use crate::{
+    capabilities::capabilities,
+    container::spec::{ContainerSpec, MountSpec, Pid, Propagation, Resources},
+    sandbox::{SandboxError, spec::SandboxSpec},
+    seccomp,
+};
+use oci_spec::{
+    image::{Config, ImageConfiguration},
+    runtime::{
+        Linux, LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxMemory, LinuxNamespace,
+        LinuxNamespaceType, LinuxResources, Mount, Process, Root, Spec,
+    },
+};
+
+const OCI_VERSION: &str = "1.2.0";
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The spec that is sent to the shim; bind mounts have host paths in it.
+pub fn oci_spec(
+    container: &ContainerSpec,
+    sandbox: &SandboxSpec,
+    image: &ImageConfiguration,
+) -> Result<Spec, SandboxError> {
+    let config = image.config().clone().unwrap_or_default();
+    let mut root = Root::default();
+    root.set_readonly(Some(container.security.readonly_rootfs));
+    let mut spec = Spec::default();
+    spec.set_version(OCI_VERSION.to_owned())
+        .set_root(Some(root))
+        .set_process(Some(process(container, sandbox, &config)?))
+        .set_hostname(None)
+        .set_mounts(Some(mounts(container)))
+        .set_linux(Some(linux(container)?));
+    Ok(spec)
+}
+
+fn process(
+    container: &ContainerSpec,
+    sandbox: &SandboxSpec,
+    config: &Config,
+) -> Result<Process, SandboxError> {
+    let cwd = match (container.working_dir.as_str(), config.working_dir().as_deref()) {
+        ("", None | Some("")) => "/",
+        ("", Some(path)) => path,
+        (path, _) => path,
+    };
+    let mut process = Process::default();
+    process
+        .set_terminal(Some(container.tty))
+        .set_args(Some(args(container, config)?))
+        .set_env(Some(env(container, sandbox, config)))
+        .set_cwd(cwd.into())
+        .set_capabilities(Some(capabilities(&container.security)?))
+        .set_rlimits(None)
+        .set_no_new_privileges(Some(container.security.no_new_privileges))
+        .set_oom_score_adj(Some(container.resources.oom_score_adj as i32));
+    Ok(process)
+}
+
+/// The command line: CRI's command replaces the image's entry point *and* its arguments, CRI's args
+/// alone replace only the arguments.
+fn args(container: &ContainerSpec, config: &Config) -> Result<Vec<String>, SandboxError> {
+    let mut line = container.command.clone();
+    let mut args = container.args.clone();
+    if line.is_empty() {
+        line = config.entrypoint().clone().unwrap_or_default();
+        if args.is_empty() {
+            args = config.cmd().clone().unwrap_or_default();
+        }
+    }
+    line.extend(args);
+    if line.is_empty() {
+        let why = "is empty, and so are args and the image's entry point and arguments";
+        return Err(SandboxError::invalid("command", why));
+    }
+    Ok(line)
+}
+
+/// The image's variables, then the container's; the last word on a name wins and keeps its place.
+fn env(container: &ContainerSpec, sandbox: &SandboxSpec, config: &Config) -> Vec<String> {
+    let mut env = vec![PATH.to_owned(), format!("HOSTNAME={}", sandbox.effective_hostname())];
+    if container.tty {
+        set(&mut env, "TERM=xterm".to_owned());
+    }
+    for pair in config.env().iter().flatten() {
+        set(&mut env, pair.clone());
+    }
+    for (name, value) in &container.env {
+        set(&mut env, format!("{name}={value}"));
+    }
+    env
+}
+
+fn set(env: &mut Vec<String>, pair: String) {
+    fn name(pair: &str) -> &str {
+        pair.split_once('=').map_or(pair, |(name, _)| name)
+    }
+    match env.iter_mut().find(|other| name(other) == name(&pair)) {
+        Some(other) => *other = pair,
+        None => env.push(pair),
+    }
+}
+
+/// The standard mounts that nothing replaces, then CRI's, parents before children.
+fn mounts(container: &ContainerSpec) -> Vec<Mount> {
+    let replaced = |path: &std::path::Path| {
+        container.mounts.iter().any(|mount| path == std::path::Path::new(&mount.container_path))
+    };
+    let mut mounts = standard_mounts(container.security.privileged);
+    mounts.retain(|mount| !replaced(mount.destination()));
+    let mut binds: Vec<&MountSpec> = container.mounts.iter().collect();
+    binds.sort_by_key(|mount| std::path::Path::new(&mount.container_path).components().count());
+    mounts.extend(binds.into_iter().map(bind));
+    mounts
+}
+
+fn bind(spec: &MountSpec) -> Mount {
+    let access = if spec.readonly { "ro" } else { "rw" };
+    let propagation = match spec.propagation {
+        Propagation::Private => "rprivate",
+        Propagation::HostToContainer => "rslave",
+    };
+    mount(&spec.container_path, "bind", &spec.host_path, &["rbind", propagation, access])
+}
+
+fn standard_mounts(privileged: bool) -> Vec<Mount> {
+    let access = if privileged { "rw" } else { "ro" };
+    vec![
+        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access]),
+        mount(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", access],
+        ),
+    ]
+}
+
+fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Mount {
+    let mut mount = Mount::default();
+    mount
+        .set_destination(destination.into())
+        .set_typ(Some(kind.to_owned()))
+        .set_source(Some(source.into()))
+        .set_options(Some(options.iter().map(|option| (*option).to_owned()).collect()));
+    mount
+}
+
+fn linux(container: &ContainerSpec) -> Result<Linux, SandboxError> {
+    let security = &container.security;
+    let paths = |list: &[String]| (!security.privileged).then(|| list.to_vec());
+    let seccomp = if security.privileged {
+        None
+    } else {
+        let effective = capabilities(security)?.effective().clone().unwrap_or_default();
+        seccomp::profile(&security.seccomp, &effective)?
+    };
+    let slave = container.mounts.iter().any(|m| m.propagation == Propagation::HostToContainer);
+    let mut linux = Linux::default();
+    linux
+        .set_namespaces(Some(namespaces(&security.pid)))
+        .set_resources(Some(resources(&container.resources, security.privileged)))
+        .set_rootfs_propagation(slave.then(|| "rslave".to_owned()))
+        .set_masked_paths(paths(&security.masked_paths))
+        .set_readonly_paths(paths(&security.readonly_paths))
+        .set_seccomp(seccomp);
+    Ok(linux)
+}
+
+/// Network, IPC and UTS are the guest's own (docs/decisions/0004).
+fn namespaces(pid: &Pid) -> Vec<LinuxNamespace> {
+    let mut kinds = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
+    if *pid == Pid::Container {
+        kinds.push(LinuxNamespaceType::Pid);
+    }
+    let namespace = |kind| {
+        let mut namespace = LinuxNamespace::default();
+        namespace.set_typ(kind);
+        namespace
+    };
+    kinds.into_iter().map(namespace).collect()
+}
+
+fn resources(given: &Resources, privileged: bool) -> LinuxResources {
+    let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+    let mut cpu = LinuxCpu::default();
+    cpu.set_shares(positive(given.cpu_shares))
+        .set_period(positive(given.cpu_period))
+        .set_quota((given.cpu_quota != 0).then_some(given.cpu_quota));
+    let mut memory = LinuxMemory::default();
+    memory.set_limit((given.memory_limit > 0).then_some(given.memory_limit));
+    let mut resources = LinuxResources::default();
+    resources
+        .set_cpu(Some(cpu))
+        .set_memory(Some(memory))
+        .set_devices(Some(device_rules(privileged)));
+    if !given.unified.is_empty() {
+        resources.set_unified(Some(given.unified.clone().into_iter().collect()));
+    }
+    resources
+}
+
+/// Making nodes is allowed, using them only for the harmless ones; a privileged container may use
+/// every device of its guest.
+fn device_rules(privileged: bool) -> Vec<LinuxDeviceCgroup> {
+    use LinuxDeviceType::{B, C};
+    if privileged {
+        return vec![device_rule(true, None, None, None, "rwm")];
+    }
+    let mut rules = vec![
+        device_rule(false, None, None, None, "rwm"),
+        device_rule(true, Some(C), None, None, "m"),
+        device_rule(true, Some(B), None, None, "m"),
+    ];
+    // null, zero, full, random, urandom, tty, console, ptmx
+    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)] {
+        rules.push(device_rule(true, Some(C), Some(major), Some(minor), "rwm"));
+    }
+    // pts/N
+    rules.push(device_rule(true, Some(C), Some(136), None, "rwm"));
+    rules
+}
+
+fn device_rule(
+    allow: bool,
+    kind: Option<LinuxDeviceType>,
+    major: Option<i64>,
+    minor: Option<i64>,
+    access: &str,
+) -> LinuxDeviceCgroup {
+    let mut rule = LinuxDeviceCgroup::default();
+    rule.set_allow(allow)
+        .set_typ(kind)
+        .set_major(major)
+        .set_minor(minor)
+        .set_access(Some(access.to_owned()));
+    rule
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{container::spec::Security, sandbox::tests::spec as sandbox, security::Seccomp};
+
+    fn image(json: serde_json::Value) -> ImageConfiguration {
+        let whole = serde_json::json!({
+            "architecture": "amd64", "os": "linux", "config": json,
+            "rootfs": {"type": "layers", "diff_ids": []},
+        });
+        serde_json::from_value(whole).unwrap()
+    }
+
+    fn words(list: &[&str]) -> Vec<String> {
+        list.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    fn command(words_: &[&str]) -> ContainerSpec {
+        ContainerSpec { command: words(words_), ..ContainerSpec::default() }
+    }
+
+    fn built(container: &ContainerSpec) -> Spec {
+        oci_spec(container, &sandbox("a"), &image(serde_json::json!({}))).unwrap()
+    }
+
+    #[test]
+    fn command_and_args_follow_the_rules_of_kubernetes() {
+        let image = image(serde_json::json!({"Entrypoint": ["e"], "Cmd": ["c"]}));
+        for (command, args, expected) in [
+            (&[][..], &[][..], &["e", "c"][..]),
+            (&["x"], &[], &["x"]),
+            (&[], &["y"], &["e", "y"]),
+            (&["x"], &["y"], &["x", "y"]),
+        ] {
+            let container = ContainerSpec {
+                command: words(command),
+                args: words(args),
+                ..ContainerSpec::default()
+            };
+            let spec = oci_spec(&container, &sandbox("a"), &image).unwrap();
+            let line = spec.process().as_ref().unwrap().args().clone().unwrap();
+            assert_eq!(line, words(expected), "{command:?} {args:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_to_run_is_refused() {
+        let empty = image(serde_json::json!({}));
+        let error = oci_spec(&command(&[]), &sandbox("a"), &empty).unwrap_err();
+        assert!(error.to_string().starts_with("command"), "{error}");
+    }
+
+    #[test]
+    fn the_last_word_on_a_variable_wins() {
+        let image = image(serde_json::json!({"Env": ["A=1", "PATH=/x", "B=1"]}));
+        let mut container = command(&["sh"]);
+        container.env = vec![("B".into(), "2=3".into()), ("C".into(), String::new())];
+        container.tty = true;
+        let spec = oci_spec(&container, &sandbox("a"), &image).unwrap();
+        let env = spec.process().as_ref().unwrap().env().clone().unwrap();
+        assert_eq!(env, words(&["PATH=/x", "HOSTNAME=a", "TERM=xterm", "A=1", "B=2=3", "C="]));
+    }
+
+    #[test]
+    fn working_directory_is_the_containers_then_the_images_then_the_root() {
+        for (own, images, expected) in [("/w", "/i", "/w"), ("", "/i", "/i"), ("", "", "/")] {
+            let image = image(serde_json::json!({"WorkingDir": images}));
+            let mut container = command(&["sh"]);
+            container.working_dir = own.into();
+            let spec = oci_spec(&container, &sandbox("a"), &image).unwrap();
+            assert_eq!(spec.process().as_ref().unwrap().cwd().to_str(), Some(expected));
+        }
+    }
+
+    fn bind_at(path: &str, readonly: bool, propagation: Propagation) -> MountSpec {
+        MountSpec {
+            container_path: path.into(),
+            host_path: "/h".into(),
+            readonly,
+            selinux_relabel: false,
+            propagation,
+        }
+    }
+
+    #[test]
+    fn mounts_go_parents_first_and_replace_the_standard_ones() {
+        let mut container = command(&["sh"]);
+        container.mounts = vec![
+            bind_at("/a/b/c", true, Propagation::Private),
+            bind_at("/a", false, Propagation::HostToContainer),
+            bind_at("/sys/", false, Propagation::Private),
+        ];
+        let spec = built(&container);
+        let mounts = spec.mounts().clone().unwrap();
+        let paths: Vec<_> =
+            mounts.iter().map(|mount| mount.destination().to_str().unwrap()).collect();
+        assert_eq!(
+            paths,
+            ["/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys/fs/cgroup", "/a", "/sys/", "/a/b/c"]
+        );
+        assert_eq!(mounts[5].options().clone().unwrap(), words(&["rbind", "rslave", "rw"]));
+        assert_eq!(mounts[7].options().clone().unwrap(), words(&["rbind", "rprivate", "ro"]));
+        let linux = spec.linux().clone().unwrap();
+        assert_eq!(linux.rootfs_propagation().as_deref(), Some("rslave"));
+    }
+
+    #[test]
+    fn privileged_lifts_what_hides_and_forbids() {
+        let mut container = command(&["sh"]);
+        container.security = Security {
+            masked_paths: words(&["/proc/kcore"]),
+            readonly_paths: words(&["/proc/sys"]),
+            seccomp: Seccomp::RuntimeDefault,
+            ..Security::default()
+        };
+        let plain = built(&container).linux().clone().unwrap();
+        assert_eq!(plain.masked_paths().clone().unwrap(), words(&["/proc/kcore"]));
+        assert_eq!(plain.readonly_paths().clone().unwrap(), words(&["/proc/sys"]));
+        assert!(plain.seccomp().is_some());
+        assert!(!plain.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
+        container.security.privileged = true;
+        let spec = built(&container);
+        let linux = spec.linux().clone().unwrap();
+        assert_eq!((linux.masked_paths(), linux.readonly_paths()), (&None, &None));
+        assert!(linux.seccomp().is_none());
+        assert!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
+        let sys = &spec.mounts().as_ref().unwrap()[4];
+        assert!(sys.options().as_ref().unwrap().contains(&"rw".to_owned()));
+    }
+
+    #[test]
+    fn limits_reach_the_guests_cgroup() {
+        let mut container = command(&["sh"]);
+        container.resources = Resources {
+            cpu_period: 100_000,
+            cpu_quota: 20_000,
+            cpu_shares: 512,
+            memory_limit: 15 << 20,
+            oom_score_adj: 1000,
+            unified: [("pids.max".to_owned(), "10".to_owned())].into(),
+            ..Resources::default()
+        };
+        let spec = built(&container);
+        assert_eq!(spec.process().as_ref().unwrap().oom_score_adj(), Some(1000));
+        let resources = spec.linux().as_ref().unwrap().resources().clone().unwrap();
+        let cpu = resources.cpu().clone().unwrap();
+        assert_eq!(
+            (cpu.shares(), cpu.quota(), cpu.period()),
+            (Some(512), Some(20_000), Some(100_000))
+        );
+        assert_eq!(resources.memory().as_ref().unwrap().limit(), Some(15 << 20));
+        assert_eq!(resources.unified().as_ref().unwrap()["pids.max"], "10");
+    }
+
+    #[test]
+    fn only_a_container_pid_namespace_is_a_new_one() {
+        for (pid, own) in
+            [(Pid::Pod, false), (Pid::Container, true), (Pid::Target("x".into()), false)]
+        {
+            let mut container = command(&["sh"]);
+            container.security.pid = pid;
+            let linux = built(&container).linux().clone().unwrap();
+            let namespaces = linux.namespaces().clone().unwrap();
+            assert_eq!(namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Pid), own);
+            assert!(!namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Network));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What a sandbox is to be, free of CRI types: the part of the record that never changes.
+
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, net::IpAddr};
+
+/// Everything RunPodSandbox asked for and this server honours. Two requests mean the same sandbox
+/// exactly when their specs are equal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxSpec {
+    /// What no two sandboxes share.
+    pub name: SandboxName,
+    /// The configured runtime handler; may be empty.
+    pub runtime_handler: String,
+    /// Empty: the guest is called as the pod.
+    pub hostname: String,
+    /// Host folder of the containers' logs; empty: containers have no log file.
+    pub log_directory: String,
+    /// Written to the containers' resolv.conf; `None`: the node's own.
+    pub dns: Option<Dns>,
+    /// For the CNI plugins that map ports.
+    pub port_mappings: Vec<PortMapping>,
+    /// Selected on by lists.
+    pub labels: BTreeMap<String, String>,
+    /// Echoed, and the place of `a3s.box/...` options.
+    pub annotations: BTreeMap<String, String>,
+    /// The pod's cgroup, as kubelet named it; empty: directly under `a3s-box`.
+    pub cgroup_parent: String,
+    /// Set in the guest before any container.
+    pub sysctls: BTreeMap<String, String>,
+    /// Containers may ask for the pod's shared PID namespace.
+    pub shared_pid: bool,
+    /// Privileged containers may be created in it.
+    pub privileged: bool,
+    /// Name of the CNI network, from `a3s.box/network`; `None`: the default one.
+    pub network: Option<String>,
+    /// Limits of the pod's processes on the host.
+    pub host_limits: HostLimits,
+    /// Size of the virtual machine.
+    pub size: a3s_box_types::shim::VmSize,
+}
+
+impl SandboxSpec {
+    /// What `hostname` prints in the pod.
+    pub fn effective_hostname(&self) -> &str {
+        if self.hostname.is_empty() { &self.name.name } else { &self.hostname }
+    }
+}
+
+/// The key that a sandbox holds from RunPodSandbox to RemovePodSandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SandboxName {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Pod name.
+    pub name: String,
+    /// Pod uid.
+    pub uid: String,
+    /// Counts the sandboxes of one pod.
+    pub attempt: u32,
+}
+
+impl std::fmt::Display for SandboxName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{} (uid {:?}, attempt {})", self.namespace, self.name, self.uid, self.attempt)
+    }
+}
+
+/// resolv.conf.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dns {
+    /// `nameserver` lines.
+    pub servers: Vec<String>,
+    /// The `search` line.
+    pub searches: Vec<String>,
+    /// The `options` line.
+    pub options: Vec<String>,
+}
+
+/// One port of the node that leads to the pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// Transport.
+    pub protocol: Protocol,
+    /// Inside.
+    pub container_port: u16,
+    /// Outside.
+    pub host_port: u16,
+    /// `None`: every address of the node.
+    pub host_ip: Option<IpAddr>,
+}
+
+/// Transport of a port mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// What the pod's host cgroup gets; 0 and empty mean: no limit of ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostLimits {
+    /// As cgroup v1 counts them, 2 to 262144.
+    pub cpu_shares: u64,
+    /// Microseconds per period.
+    pub cpu_quota: i64,
+    /// Microseconds.
+    pub cpu_period: u64,
+    /// CPU list.
+    pub cpuset_cpus: String,
+    /// Memory node list.
+    pub cpuset_mems: String,
+    /// Of the shim and the VM, -1000 to 1000.
+    pub oom_score_adj: i32,
+}

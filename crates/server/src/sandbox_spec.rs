@@ -1,0 +1,249 @@
+//! CRI's PodSandboxConfig to a [`SandboxSpec`]: pure, and the place where everything is refused that
+//! a pod in a virtual machine cannot have.
+
+use crate::{
+    sandbox::{
+        SandboxError,
+        spec::{Dns, HostLimits, PortMapping, Protocol, SandboxName, SandboxSpec},
+    },
+    security,
+    vm_size::{SizeRules, vm_size},
+};
+use a3s_box_api::cri;
+use std::collections::BTreeMap;
+
+/// Annotation: the CNI network to join instead of the default one.
+pub const NETWORK: &str = "a3s.box/network";
+
+const HOSTNAME_MAX: usize = 64;
+
+/// The spec of the sandbox that `config` asks for under the runtime handler.
+///
+/// `security_context`'s user, groups, read-only rootfs and seccomp profile describe the pod's pause
+/// process, which a virtual machine does not have; they hold by there being nothing to apply them to.
+pub fn sandbox_spec(
+    config: &cri::PodSandboxConfig,
+    handler: &str,
+    rules: &SizeRules,
+) -> Result<SandboxSpec, SandboxError> {
+    if config.windows.is_some() {
+        return Err(SandboxError::unsupported("windows", "this node runs Linux pods"));
+    }
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.clone().unwrap_or_default();
+    refuse_security(&security, handler)?;
+    if let Some(resources) = &linux.resources {
+        refuse_resources("linux.resources", resources)?;
+    }
+    if let Some(overhead) = &linux.overhead {
+        refuse_resources("linux.overhead", overhead)?;
+    }
+    let annotations: BTreeMap<_, _> = config.annotations.clone().into_iter().collect();
+    let size = vm_size(linux.resources.as_ref(), linux.overhead.as_ref(), &annotations, rules)?;
+    Ok(SandboxSpec {
+        name: name(config.metadata.as_ref())?,
+        runtime_handler: handler.to_owned(),
+        hostname: hostname(&config.hostname)?,
+        log_directory: absolute_or_empty("log_directory", &config.log_directory)?,
+        dns: config.dns_config.as_ref().map(dns).transpose()?,
+        port_mappings: port_mappings(&config.port_mappings)?,
+        labels: config.labels.clone().into_iter().collect(),
+        network: network(&annotations)?,
+        annotations,
+        cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
+        sysctls: sysctls(&linux)?,
+        shared_pid: shared_pid(&security)?,
+        privileged: security.privileged,
+        host_limits: host_limits(linux.resources.as_ref(), linux.overhead.as_ref()),
+        size,
+    })
+}
+
+fn refuse_security(
+    security: &cri::LinuxSandboxSecurityContext,
+    handler: &str,
+) -> Result<(), SandboxError> {
+    const AT: &str = "linux.security_context";
+    security::no_host_namespaces(security.namespace_options.as_ref(), handler)?;
+    security::no_selinux(&format!("{AT}.selinux_options"), security.selinux_options.as_ref())?;
+    security::no_apparmor(&format!("{AT}.apparmor"), security.apparmor.as_ref(), "")?;
+    let seccomp = format!("{AT}.seccomp");
+    security::seccomp(&seccomp, security.seccomp.as_ref(), &security.seccomp_profile_path)?;
+    if security.run_as_group.is_some() && security.run_as_user.is_none() {
+        return Err(SandboxError::invalid(format!("{AT}.run_as_group"), "needs run_as_user"));
+    }
+    Ok(())
+}
+
+fn refuse_resources(
+    field: &str,
+    resources: &cri::LinuxContainerResources,
+) -> Result<(), SandboxError> {
+    security::no_huge_pages(field, resources)?;
+    if let Some(key) = resources.unified.keys().next() {
+        return Err(SandboxError::unsupported(
+            format!("{field}.unified[{key}]"),
+            "the pod's own cgroup is kubelet's to set",
+        ));
+    }
+    if !(-1000..=1000).contains(&resources.oom_score_adj) {
+        return Err(SandboxError::invalid(
+            format!("{field}.oom_score_adj"),
+            "is not from -1000 to 1000",
+        ));
+    }
+    Ok(())
+}
+
+fn name(metadata: Option<&cri::PodSandboxMetadata>) -> Result<SandboxName, SandboxError> {
+    let Some(metadata) = metadata else {
+        return Err(SandboxError::invalid("metadata", "is missing"));
+    };
+    let parts =
+        [("name", &metadata.name), ("uid", &metadata.uid), ("namespace", &metadata.namespace)];
+    for (field, value) in parts {
+        if value.is_empty() {
+            return Err(SandboxError::invalid(format!("metadata.{field}"), "is empty"));
+        }
+    }
+    Ok(SandboxName {
+        namespace: metadata.namespace.clone(),
+        name: metadata.name.clone(),
+        uid: metadata.uid.clone(),
+        attempt: metadata.attempt,
+    })
+}
+
+fn hostname(text: &str) -> Result<String, SandboxError> {
+    let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
+    if text.len() > HOSTNAME_MAX || !text.bytes().all(good) {
+        let why = format!("is not a host name of at most {HOSTNAME_MAX} letters, digits, - . _");
+        return Err(SandboxError::invalid("hostname", why));
+    }
+    Ok(text.to_owned())
+}
+
+/// A path without `..`, or nothing.
+pub fn absolute_or_empty(field: &str, path: &str) -> Result<String, SandboxError> {
+    let climbs = path.split('/').any(|part| part == "..");
+    if path.is_empty() || (path.starts_with('/') && !climbs && !path.contains('\0')) {
+        Ok(path.to_owned())
+    } else {
+        Err(SandboxError::invalid(field, format!("{path:?} is not an absolute path without ..")))
+    }
+}
+
+/// `/kubepods/pod1` or, from the systemd driver, `kubepods-pod1.slice`.
+fn cgroup_parent(path: &str) -> Result<String, SandboxError> {
+    if path.starts_with('/') || path.is_empty() {
+        return absolute_or_empty("linux.cgroup_parent", path);
+    }
+    if path.ends_with(".slice") && !path.contains(['/', '\0']) {
+        return Ok(path.to_owned());
+    }
+    let why = format!("{path:?} is neither an absolute path nor the name of a slice");
+    Err(SandboxError::invalid("linux.cgroup_parent", why))
+}
+
+fn dns(config: &cri::DnsConfig) -> Result<Dns, SandboxError> {
+    let lists = [
+        ("servers", &config.servers),
+        ("searches", &config.searches),
+        ("options", &config.options),
+    ];
+    for (field, list) in lists {
+        if let Some(word) = list.iter().find(|word| word.chars().any(char::is_whitespace)) {
+            let why = format!("{word:?} holds white space");
+            return Err(SandboxError::invalid(format!("dns_config.{field}"), why));
+        }
+    }
+    Ok(Dns {
+        servers: config.servers.clone(),
+        searches: config.searches.clone(),
+        options: config.options.clone(),
+    })
+}
+
+/// Mappings without a host port map nothing: kubelet sends every container port.
+fn port_mappings(mappings: &[cri::PortMapping]) -> Result<Vec<PortMapping>, SandboxError> {
+    let port = |field: &str, value: i32| {
+        u16::try_from(value).map_err(|_| {
+            let why = format!("{value} is not a port");
+            SandboxError::invalid(format!("port_mappings.{field}"), why)
+        })
+    };
+    let mut mapped = Vec::new();
+    for mapping in mappings {
+        let (container_port, host_port) = (
+            port("container_port", mapping.container_port)?,
+            port("host_port", mapping.host_port)?,
+        );
+        let host_ip = match mapping.host_ip.as_str() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| {
+                SandboxError::invalid("port_mappings.host_ip", format!("{text:?} is no address"))
+            })?),
+        };
+        let protocol = match mapping.protocol() {
+            cri::Protocol::Tcp => Protocol::Tcp,
+            cri::Protocol::Udp => Protocol::Udp,
+            cri::Protocol::Sctp => Protocol::Sctp,
+        };
+        if host_port != 0 {
+            mapped.push(PortMapping { protocol, container_port, host_port, host_ip });
+        }
+    }
+    Ok(mapped)
+}
+
+fn network(annotations: &BTreeMap<String, String>) -> Result<Option<String>, SandboxError> {
+    match annotations.get(NETWORK) {
+        Some(name) if name.is_empty() => {
+            Err(SandboxError::invalid(format!("annotations[{NETWORK}]"), "is empty"))
+        }
+        other => Ok(other.cloned()),
+    }
+}
+
+fn sysctls(linux: &cri::LinuxPodSandboxConfig) -> Result<BTreeMap<String, String>, SandboxError> {
+    for key in linux.sysctls.keys() {
+        let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_' | b'/');
+        if key.is_empty() || key.contains("..") || key.starts_with('/') || !key.bytes().all(good) {
+            return Err(SandboxError::invalid(format!("linux.sysctls[{key}]"), "is no sysctl"));
+        }
+    }
+    Ok(linux.sysctls.clone().into_iter().collect())
+}
+
+fn shared_pid(security: &cri::LinuxSandboxSecurityContext) -> Result<bool, SandboxError> {
+    let mode = security.namespace_options.as_ref().map_or(cri::NamespaceMode::Pod, |o| o.pid());
+    match mode {
+        cri::NamespaceMode::Pod => Ok(true),
+        cri::NamespaceMode::Container => Ok(false),
+        cri::NamespaceMode::Node | cri::NamespaceMode::Target => Err(SandboxError::invalid(
+            "linux.security_context.namespace_options.pid",
+            format!("{} is not a sandbox's", mode.as_str_name()),
+        )),
+    }
+}
+
+fn host_limits(
+    resources: Option<&cri::LinuxContainerResources>,
+    overhead: Option<&cri::LinuxContainerResources>,
+) -> HostLimits {
+    let Some(resources) = resources else { return HostLimits::default() };
+    let overhead = overhead.cloned().unwrap_or_default();
+    let period = if resources.cpu_period > 0 { resources.cpu_period } else { 100_000 };
+    let overhead_period = if overhead.cpu_period > 0 { overhead.cpu_period } else { 100_000 };
+    let extra = overhead.cpu_quota.max(0).saturating_mul(period) / overhead_period;
+    let quota = resources.cpu_quota;
+    let shares = resources.cpu_shares.saturating_add(overhead.cpu_shares.max(0));
+    HostLimits {
+        cpu_shares: if resources.cpu_shares > 0 { shares.clamp(2, 262_144) as u64 } else { 0 },
+        cpu_quota: if quota > 0 { quota.saturating_add(extra) } else { 0 },
+        cpu_period: period as u64,
+        cpuset_cpus: resources.cpuset_cpus.clone(),
+        cpuset_mems: resources.cpuset_mems.clone(),
+        oom_score_adj: resources.oom_score_adj as i32,
+    }
+}

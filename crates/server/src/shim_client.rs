@@ -1,0 +1,158 @@
+//! The server's end of a shim's socket: one call each, errors with the step that failed.
+//!
+//! The socket's path derives from the sandbox id and the connection is made at the first call and
+//! again after it broke, so a client can be had at any time, also before the shim runs.
+
+use crate::sandbox::SandboxError;
+use a3s_box_api::{
+    agent::v1 as agent,
+    shim::v1::{self as shim, shim_client},
+};
+use hyper_util::rt::TokioIo;
+use std::{path::PathBuf, time::Duration};
+use tokio::net::UnixStream;
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
+
+/// Both outputs of ExecSync at their largest, and room for the rest.
+const MESSAGE_MAX: usize = 48 << 20;
+
+/// Longest that the shim needs for what it does without the guest.
+const QUICK: Duration = Duration::from_secs(10);
+/// Longest that a guest needs for one order, under the slowest accelerator and full load.
+const GUEST: Duration = Duration::from_secs(120);
+
+/// Cheap to clone: clones share the connection.
+#[derive(Debug, Clone)]
+pub struct ShimClient {
+    client: shim_client::ShimClient<Channel>,
+}
+
+impl ShimClient {
+    /// A client of the socket, which need not be there yet. Call inside a runtime.
+    pub fn new(socket: PathBuf) -> Self {
+        let connect = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel =
+            Endpoint::from_static("http://localhost").connect_with_connector_lazy(connect);
+        let client = shim_client::ShimClient::new(channel)
+            .max_decoding_message_size(MESSAGE_MAX)
+            .max_encoding_message_size(MESSAGE_MAX);
+        Self { client }
+    }
+
+    /// Makes the boundary this sandbox.
+    pub async fn configure(
+        &self,
+        sandbox: agent::ConfigureSandboxRequest,
+    ) -> Result<shim::ConfigureSandboxResponse, SandboxError> {
+        let request = shim::ConfigureSandboxRequest { sandbox: Some(sandbox) };
+        let mut client = self.client.clone();
+        call("configure the guest", GUEST, client.configure_sandbox(request)).await
+    }
+
+    /// The truth about the boundary and its containers.
+    pub async fn state(&self) -> Result<shim::StateResponse, SandboxError> {
+        let mut client = self.client.clone();
+        call("ask the shim for its state", QUICK, client.state(shim::StateRequest {})).await
+    }
+
+    /// Makes the container, stopped before its exec.
+    pub async fn create_container(
+        &self,
+        order: shim::CreateContainerRequest,
+    ) -> Result<shim::ContainerState, SandboxError> {
+        let mut client = self.client.clone();
+        let answer = call("create the container", GUEST, client.create_container(order)).await?;
+        Ok(answer.state.unwrap_or_default())
+    }
+
+    /// Lets it exec.
+    pub async fn start_container(&self, id: &str) -> Result<shim::ContainerState, SandboxError> {
+        let request = shim::StartContainerRequest { container_id: id.to_owned() };
+        let mut client = self.client.clone();
+        let answer = call("start the container", GUEST, client.start_container(request)).await?;
+        Ok(answer.state.unwrap_or_default())
+    }
+
+    /// Sends a signal to init, or to every process of the container.
+    pub async fn signal_container(
+        &self,
+        id: &str,
+        signal: u32,
+        whom: Whom,
+    ) -> Result<(), SandboxError> {
+        let all = whom == Whom::All;
+        let request = shim::SignalContainerRequest { container_id: id.to_owned(), signal, all };
+        let mut client = self.client.clone();
+        call("signal the container", QUICK, client.signal_container(request)).await.map(drop)
+    }
+
+    /// Kills and removes what is left of it. OK when there is nothing.
+    pub async fn remove_container(&self, id: &str) -> Result<(), SandboxError> {
+        let request = shim::RemoveContainerRequest { container_id: id.to_owned() };
+        let mut client = self.client.clone();
+        call("remove the container", GUEST, client.remove_container(request)).await.map(drop)
+    }
+
+    /// Opens its log file anew.
+    pub async fn reopen_log(&self, id: &str) -> Result<(), SandboxError> {
+        let request = shim::ReopenLogRequest { container_id: id.to_owned() };
+        let mut client = self.client.clone();
+        call("reopen the container's log", QUICK, client.reopen_log(request)).await.map(drop)
+    }
+
+    /// Runs a command; without a limit it may take for ever.
+    pub async fn exec_sync(
+        &self,
+        id: &str,
+        args: Vec<String>,
+        timeout: Option<Duration>,
+    ) -> Result<shim::ExecSyncResponse, SandboxError> {
+        let timeout_ms = timeout.map_or(0, |limit| limit.as_millis().max(1) as u64);
+        let request = shim::ExecSyncRequest { container_id: id.to_owned(), args, timeout_ms };
+        let mut client = self.client.clone();
+        let run = client.exec_sync(request);
+        // The shim keeps the time; this is for a shim that does not answer.
+        let patience = timeout.map_or(Duration::MAX, |limit| limit.saturating_add(QUICK));
+        call("run the command", patience, run).await
+    }
+
+    /// Exits and the boundary's end, from the beginning.
+    pub async fn events(&self) -> Result<Streaming<shim::Event>, SandboxError> {
+        let mut client = self.client.clone();
+        call("watch the shim", QUICK, client.events(shim::EventsRequest {})).await
+    }
+
+    /// Ends the boundary and the shim.
+    pub async fn shutdown(&self) -> Result<(), SandboxError> {
+        let mut client = self.client.clone();
+        let request = shim::ShutdownRequest {};
+        call("shut the boundary down", QUICK, client.shutdown(request)).await.map(drop)
+    }
+}
+
+/// Whom a signal goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whom {
+    /// The container's first process.
+    Init,
+    /// Every process of the container.
+    All,
+}
+
+async fn call<T>(
+    step: &'static str,
+    within: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, SandboxError> {
+    match tokio::time::timeout(within, call).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => Err(SandboxError::Shim { step, status: Box::new(status) }),
+        Err(_) => Err(SandboxError::Timeout { step, within }),
+    }
+}
