@@ -1,8 +1,17 @@
 //! The host's half: what the pod may see (`share`), and the process that serves it (`serve`).
 
+mod attributes;
+mod confine;
+mod contents;
+mod handles;
 mod init;
+mod message;
+mod metadata;
+mod names;
+mod nodes;
 mod serve;
 mod share;
+mod worker;
 
 pub use init::handshake;
 pub use serve::serve;
