@@ -23,6 +23,8 @@ pub struct ContainerRecord {
     pub sandbox_id: SandboxId,
     /// What was asked for.
     pub spec: ContainerSpec,
+    /// A name of the image: its first tag, else its digest, else as the caller wrote it.
+    pub image_name: String,
     /// Image id: the digest of its config.
     pub image_id: String,
     /// Repository digest, or the id for an image without one.
@@ -225,6 +227,7 @@ pub(crate) mod tests {
             id: ContainerId::from_random([1; 32]),
             sandbox_id: SandboxId::from_random([2; 32]),
             spec: ContainerSpec::default(),
+            image_name: String::new(),
             image_id: String::new(),
             image_ref: String::new(),
             log_path: String::new(),

@@ -16,6 +16,7 @@
 //!
 //! Not here: CRI types (see `sandbox_run.rs`), booting (the shim), IP choice (CNI).
 
+pub mod cni_network;
 mod configure;
 mod containers;
 mod create;
@@ -25,6 +26,7 @@ pub mod index;
 pub mod network;
 pub mod record;
 mod recovery;
+pub mod shim_process;
 pub mod shims;
 pub mod spec;
 mod teardown;

@@ -49,6 +49,29 @@ pub(crate) fn spec(name: &str) -> SandboxSpec {
     }
 }
 
+/// The view of a ready sandbox with these labels.
+pub(crate) fn view<const N: usize>(name: &str, labels: [(&str, &str); N]) -> View {
+    let mut spec = spec(name);
+    spec.labels = labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+    View {
+        record: Record {
+            id: SandboxId::from_random([0xab; 32]),
+            spec,
+            state: SandboxState::Ready,
+            created_at: 1,
+            boot_id: String::new(),
+            network: None,
+            boundary: None,
+            end_reason: None,
+        },
+        containers: BTreeMap::new(),
+        unclear: None,
+        created: Some(Ok(())),
+        settled: true,
+        removed: false,
+    }
+}
+
 /// A server with a runtime of its own, so that it can be killed: its drivers then stop wherever they
 /// are, and the host and its shims go on.
 struct Server {

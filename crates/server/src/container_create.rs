@@ -1,0 +1,190 @@
+//! CreateContainer: spec, image and sandbox become one order to the shim.
+
+use crate::{
+    container::{
+        ContainerRecord, ContainerSpec, Phase,
+        spec::Pid,
+    },
+    container_spec::container_spec,
+    node::{ContainerImage, Node},
+    oci_spec::oci_spec,
+    sandbox::{
+        NewContainer, SandboxError, Sandboxes, View, blocking, now, spec::SandboxSpec,
+    },
+    stop_signal::stop_signal,
+};
+use a3s_box_api::{agent::v1 as agent, cri, shim::v1 as shim};
+use a3s_box_types::{ContainerId, SandboxId};
+use std::{fs, io, path::Path, sync::Arc};
+
+/// Makes the container, or joins the making of the same one.
+///
+/// `sandbox_config` repeats what the sandbox was made with; the sandbox's own is used.
+pub async fn create_container(
+    node: Arc<Node>,
+    request: cri::CreateContainerRequest,
+) -> Result<cri::CreateContainerResponse, SandboxError> {
+    let Some(config) = &request.config else {
+        return Err(SandboxError::invalid("config", "is missing"));
+    };
+    let sandbox = node.sandboxes.get(&request.pod_sandbox_id)?;
+    let view = sandbox.view();
+    let mut spec = container_spec(config, &view.record.spec.runtime_handler)?;
+    fit_to_sandbox(&mut spec, config, &view, &node.sandboxes)?;
+    let name = spec.image.image.clone();
+    let image = node.images.resolve(&name);
+    let image = image.ok_or(SandboxError::NotFound { kind: "image", id: name })?;
+    let (id, in_sandbox) = (view.record.id.clone(), view.record.spec.clone());
+    let prepare = move || prepare(&id, spec, &in_sandbox, &image);
+    let new = blocking("prepare the container", prepare).await?;
+    let id = sandbox.create_container(new).await?;
+    Ok(cri::CreateContainerResponse { container_id: id.to_string() })
+}
+
+/// What a container may have depends on its sandbox: privileges and PID namespaces.
+fn fit_to_sandbox(
+    spec: &mut ContainerSpec,
+    config: &cri::ContainerConfig,
+    view: &View,
+    sandboxes: &Sandboxes,
+) -> Result<(), SandboxError> {
+    const AT: &str = "linux.security_context";
+    let sandbox = &view.record.spec;
+    if spec.security.privileged && !sandbox.privileged {
+        let why = "the sandbox is not privileged";
+        return Err(SandboxError::invalid(format!("{AT}.privileged"), why));
+    }
+    let context = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let said = context.is_some_and(|context| context.namespace_options.is_some());
+    match spec.security.pid.clone() {
+        Pid::Pod if !sandbox.shared_pid && said => {
+            let why = "the sandbox was made without a shared PID namespace";
+            return Err(SandboxError::invalid(format!("{AT}.namespace_options.pid"), why));
+        }
+        Pid::Pod if !sandbox.shared_pid => spec.security.pid = Pid::Container,
+        Pid::Target(id) => {
+            let target = sandboxes.container(&id)?.1;
+            if target.sandbox_id != view.record.id {
+                let why = "is a container of another sandbox";
+                return Err(SandboxError::invalid(format!("{AT}.namespace_options.target_id"), why));
+            }
+            spec.security.pid = Pid::Target(target.id.to_string());
+        }
+        Pid::Pod | Pid::Container => {}
+    }
+    Ok(())
+}
+
+fn prepare(
+    sandbox_id: &SandboxId,
+    spec: ContainerSpec,
+    sandbox: &SandboxSpec,
+    image: &ContainerImage,
+) -> Result<NewContainer, SandboxError> {
+    let config = image.config.config().clone().unwrap_or_default();
+    let stop_signal = stop_signal(spec.stop_signal, config.stop_signal().as_deref())?;
+    let oci = oci_spec(&with_real_sources(&spec)?, sandbox, &image.config)?;
+    let oci_json = serde_json::to_vec(&oci)
+        .map_err(|error| SandboxError::step("write the OCI spec", error))?;
+    let log_path = log_path(sandbox, &spec)?;
+    let image_name = image.tags.first().or(image.digests.first()).unwrap_or(&spec.image.image);
+    let record = ContainerRecord {
+        id: ContainerId::from_random(rand::random()),
+        sandbox_id: sandbox_id.clone(),
+        image_name: image_name.clone(),
+        image_id: image.id.clone(),
+        image_ref: image.digests.first().unwrap_or(&image.id).clone(),
+        log_path,
+        stop_signal,
+        created_at: now(),
+        phase: Phase::Creating,
+        user: None,
+        guest_pid: 0,
+        oci_spec: serde_json::to_value(&oci)
+            .map_err(|error| SandboxError::step("write the OCI spec", error))?,
+        spec,
+    };
+    let order = order(&record, oci_json, config.user().as_deref().unwrap_or(""), image);
+    Ok(NewContainer { record, order })
+}
+
+fn order(
+    record: &ContainerRecord,
+    oci_spec: Vec<u8>,
+    image_user: &str,
+    image: &ContainerImage,
+) -> shim::CreateContainerRequest {
+    let spec = &record.spec;
+    let (pid_mode, pid_target) = match &spec.security.pid {
+        Pid::Container => (agent::PidMode::Container, String::new()),
+        Pid::Pod => (agent::PidMode::Pod, String::new()),
+        Pid::Target(id) => (agent::PidMode::Target, id.clone()),
+    };
+    let layers = image.layers.iter().map(|layer| layer.display().to_string()).collect();
+    shim::CreateContainerRequest {
+        container: Some(agent::CreateContainerRequest {
+            container_id: record.id.to_string(),
+            oci_spec: oci_spec.into(),
+            layers,
+            user: Some(user(spec, image_user)),
+            pid_mode: pid_mode.into(),
+            pid_target,
+        }),
+        log_path: record.log_path.clone(),
+        tty: spec.tty,
+        stdin: spec.stdin,
+        stdin_once: spec.stdin_once,
+    }
+}
+
+/// CRI's user replaces the image's together with its group.
+fn user(spec: &ContainerSpec, image_user: &str) -> agent::User {
+    let security = &spec.security;
+    let user = match security.run_as_user {
+        Some(uid) => uid.to_string(),
+        None if !security.run_as_username.is_empty() => security.run_as_username.clone(),
+        None => image_user.to_owned(),
+    };
+    agent::User {
+        user,
+        uid: security.run_as_user,
+        gid: security.run_as_group,
+        supplemental_groups: security.supplemental_groups.clone(),
+        strict_groups: security.strict_groups,
+    }
+}
+
+/// The spec with every mount's source made if it is missing, and without symbolic links.
+fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError> {
+    let mut spec = spec.clone();
+    for mount in &mut spec.mounts {
+        let failed = |error: io::Error| {
+            let field = format!("mounts[{}].host_path", mount.container_path);
+            SandboxError::invalid(field, format!("{}: {error}", mount.host_path))
+        };
+        let path = Path::new(&mount.host_path);
+        // A folder, as other runtimes make it: a pod spec's missing hostPath is one.
+        if !path.try_exists().map_err(failed)? {
+            fs::create_dir_all(path).map_err(failed)?;
+        }
+        let real = fs::canonicalize(path).map_err(failed)?;
+        mount.host_path = real.into_os_string().into_string().map_err(|path| {
+            failed(io::Error::other(format!("{} is not UTF-8", path.display())))
+        })?;
+    }
+    Ok(spec)
+}
+
+/// The absolute log path; its folder is made, because only kubelet makes it otherwise.
+fn log_path(sandbox: &SandboxSpec, spec: &ContainerSpec) -> Result<String, SandboxError> {
+    if sandbox.log_directory.is_empty() || spec.log_path.is_empty() {
+        return Ok(String::new());
+    }
+    let path = Path::new(&sandbox.log_directory).join(&spec.log_path);
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|error| {
+            SandboxError::invalid("log_path", format!("{}: {error}", folder.display()))
+        })?;
+    }
+    Ok(path.display().to_string())
+}

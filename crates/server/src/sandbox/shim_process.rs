@@ -1,0 +1,530 @@
+//! The driver's shims as they are on a node: one process per sandbox, in the pod's cgroup.
+//!
+//! ```text
+//! STATE/sandboxes/ID/   shim.json  cgroup  shim.sock  shim.log  console.log  processes.json  containers/
+//! ROOT/sandboxes/ID/    disk.ext4, beside the server's records
+//! ```
+//!
+//! Whether anything lives is read from the shim's own list of processes (pid and start time) and from
+//! the pod's cgroup, whose name derives from the id; only what is found there is ever killed.
+
+use super::{SandboxError, blocking, shims::Shims, spec::SandboxSpec};
+use crate::{shim_client::ShimClient, status::chain};
+use a3s_box_api::shim::v1 as shim;
+use a3s_box_sys::{
+    cgroup::{Cgroup, Hierarchies, Limits},
+    pidfd::Identity,
+    spawn::Spawn,
+};
+use a3s_box_types::{
+    SandboxId,
+    shim::{
+        Accel, CONFIG_FILE, CONTAINERS_DIR, ContainerPhase, ContainerRecord, PROCESSES_FILE,
+        Process, Processes, SOCKET_FILE, ShimConfig, Start, VmConfig, VmSize, fd,
+    },
+};
+use std::{
+    collections::HashMap,
+    fs::{self, DirBuilder, File},
+    io::{self, Read, Seek, SeekFrom},
+    os::{
+        fd::OwnedFd,
+        unix::fs::DirBuilderExt,
+    },
+    path::{Path, PathBuf},
+    process::Child,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::AsyncReadExt,
+    net::unix::pipe,
+    signal::unix::{SignalKind, signal},
+};
+use tracing::{debug, warn};
+
+/// Holds the name of the pod's cgroup, for a teardown without a record.
+const CGROUP_FILE: &str = "cgroup";
+const LOG_FILE: &str = "shim.log";
+const DISK_FILE: &str = "disk.ext4";
+/// Parent of pods' cgroups when kubelet names none.
+const CGROUP_PARENT: &str = "/a3s-box";
+
+/// What QEMU and its helpers may use besides the guest's memory before the pod's own limit ends them.
+const HOST_OVERHEAD_MB: u64 = 512;
+/// How long a shim may take to end its boundary before it is killed.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long killed processes may take to be gone.
+const KILL_WAIT: Duration = Duration::from_secs(10);
+/// Between two looks at processes that are about to end.
+const POLL: Duration = Duration::from_millis(5);
+/// How much of the shim's log stands in an error.
+const LOG_TAIL: u64 = 2048;
+
+/// How a virtual machine of some size is to be started.
+#[derive(Debug)]
+pub struct StartOrder {
+    /// From a template, or from the kernel.
+    pub start: Start,
+    /// What executes the guest.
+    pub accel: Accel,
+    /// The template's sealed memory.
+    pub ram: Option<OwnedFd>,
+    /// Size of the writable layers' disk.
+    pub disk_bytes: u64,
+}
+
+/// Knows the templates. The first pod of a size may wait for one to be made.
+#[tonic::async_trait]
+pub trait Templates: Send + Sync {
+    /// How to start a machine of this size.
+    async fn start_order(&self, size: VmSize) -> Result<StartOrder, SandboxError>;
+}
+
+/// Where things are, and what the configuration says about machines.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The shim's program.
+    pub shim: PathBuf,
+    /// QEMU's program.
+    pub qemu: PathBuf,
+    /// `STATE/sandboxes`.
+    pub state: PathBuf,
+    /// `ROOT/sandboxes`.
+    pub root: PathBuf,
+    /// First of the user ids that QEMU processes run as.
+    pub uid_base: u32,
+    /// How many there are.
+    pub uid_count: u32,
+    /// For the shim's socket to listen.
+    pub start_timeout: Duration,
+}
+
+/// Shims as processes of this host.
+pub struct ShimProcesses {
+    places: Places,
+    hierarchies: Hierarchies,
+    templates: Arc<dyn Templates>,
+    /// Held while a shim is being spawned: a start that was given up may still be at it.
+    spawning: Mutex<HashMap<SandboxId, Arc<tokio::sync::Mutex<()>>>>,
+    children: Children,
+}
+
+/// Shims that this server started.
+type Children = Arc<Mutex<Vec<Child>>>;
+
+impl ShimProcesses {
+    /// Shims of this server's sandboxes. Call inside a runtime.
+    pub fn new(places: Places, templates: Arc<dyn Templates>) -> Result<Self, SandboxError> {
+        let hierarchies =
+            Hierarchies::find().map_err(|error| SandboxError::step("find cgroups", error))?;
+        if hierarchies == Hierarchies::default() {
+            warn!("no cgroup hierarchy is mounted here: pods are not limited on the host");
+        }
+        let children = Children::default();
+        tokio::spawn(reap(children.clone()));
+        Ok(Self { places, hierarchies, templates, spawning: Mutex::default(), children })
+    }
+
+    fn folder(&self, id: &SandboxId) -> PathBuf {
+        self.places.state.join(id.as_str())
+    }
+
+    fn disk(&self, id: &SandboxId) -> PathBuf {
+        self.places.root.join(id.as_str()).join(DISK_FILE)
+    }
+
+    fn config(&self, id: &SandboxId, spec: &SandboxSpec, order: &StartOrder) -> ShimConfig {
+        ShimConfig {
+            version: 1,
+            sandbox_id: id.clone(),
+            disk: self.disk(id),
+            disk_bytes: order.disk_bytes,
+            vm: VmConfig {
+                qemu: self.places.qemu.clone(),
+                accel: order.accel,
+                start: order.start.clone(),
+                size: spec.size,
+                uid: uid(id, self.places.uid_base, self.places.uid_count),
+            },
+        }
+    }
+
+    /// The pod's cgroup; `None` when its name was never written, so nothing ever entered it.
+    fn cgroup(&self, id: &SandboxId) -> Result<Option<Cgroup>, SandboxError> {
+        let file = self.folder(id).join(CGROUP_FILE);
+        match fs::read_to_string(&file) {
+            Ok(parent) => Ok(Some(self.cgroup_under(id, &parent))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(SandboxError::step("read the name of the pod's cgroup", error)),
+        }
+    }
+
+    fn cgroup_under(&self, id: &SandboxId, parent: &str) -> Cgroup {
+        Cgroup::new(self.hierarchies.clone(), parent, &format!("a3s-box-{id}"))
+    }
+
+    fn spawning(&self, id: &SandboxId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut all = self.spawning.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(id.clone()).or_default().clone()
+    }
+
+    fn spawned(&self, id: &SandboxId) {
+        self.spawning.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    /// The processes of the boundary that live.
+    fn living(&self, id: &SandboxId) -> Result<Living, SandboxError> {
+        let failed = |error: io::Error| SandboxError::step("look for the boundary's processes", error);
+        let listed = match fs::read(self.folder(id).join(PROCESSES_FILE)) {
+            Ok(bytes) => {
+                let listed: Processes = serde_json::from_slice(&bytes)
+                    .map_err(|error| SandboxError::step("read the shim's processes", error))?;
+                [Some(listed.shim), listed.vmm, listed.volume_server]
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => [None; 3],
+            Err(error) => return Err(failed(error)),
+        };
+        let mut listed_alive = Vec::new();
+        for process in listed.into_iter().flatten() {
+            let identity = Identity { pid: process.pid, start_time: process.start_time };
+            if identity.is_alive().map_err(failed)? {
+                listed_alive.push(identity);
+            }
+        }
+        let cgroup = self.cgroup(id)?;
+        let members = match &cgroup {
+            Some(cgroup) => cgroup.processes().map_err(failed)?.len(),
+            None => 0,
+        };
+        Ok(Living { listed: listed_alive, members, cgroup })
+    }
+
+    async fn wait_until_gone(&self, id: &SandboxId) -> Result<(), SandboxError> {
+        let since = Instant::now();
+        loop {
+            let living = self.living(id)?;
+            if living.none() {
+                return Ok(());
+            }
+            living.kill()?;
+            if since.elapsed() > KILL_WAIT {
+                let step = "wait for the boundary's killed processes";
+                return Err(SandboxError::Timeout { step, within: KILL_WAIT });
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    async fn remove_cgroup(&self, id: &SandboxId) -> Result<(), SandboxError> {
+        let Some(cgroup) = self.cgroup(id)? else { return Ok(()) };
+        let since = Instant::now();
+        loop {
+            match cgroup.remove() {
+                Ok(()) => return Ok(()),
+                // The kernel is still letting go of the last process.
+                Err(error)
+                    if error.kind() == io::ErrorKind::ResourceBusy
+                        && since.elapsed() < KILL_WAIT => {}
+                Err(error) => return Err(SandboxError::step("remove the pod's cgroup", error)),
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// The shim's one line, or why there is none.
+    async fn wait_ready(&self, id: &SandboxId, ready: pipe::Receiver) -> Result<(), SandboxError> {
+        const STEP: &str = "start the pod's shim";
+        let mut text = String::new();
+        let mut ready = ready;
+        let read = ready.read_to_string(&mut text);
+        let said = match tokio::time::timeout(self.places.start_timeout, read).await {
+            Ok(Ok(_)) => text.trim_end(),
+            Ok(Err(error)) => return Err(SandboxError::step(STEP, error)),
+            Err(_) => {
+                let within = self.places.start_timeout;
+                return Err(SandboxError::Timeout { step: STEP, within });
+            }
+        };
+        if said == "ready" {
+            return Ok(());
+        }
+        let why = match said.strip_prefix("error: ") {
+            Some(why) => why.to_owned(),
+            None => format!("it ended without a word; {}", log_tail(&self.folder(id))),
+        };
+        Err(SandboxError::step(STEP, why))
+    }
+}
+
+/// What is left of a boundary's processes.
+struct Living {
+    listed: Vec<Identity>,
+    members: usize,
+    cgroup: Option<Cgroup>,
+}
+
+impl Living {
+    fn none(&self) -> bool {
+        self.listed.is_empty() && self.members == 0
+    }
+
+    fn kill(&self) -> Result<(), SandboxError> {
+        let failed = |error| SandboxError::step("kill the boundary's processes", error);
+        for process in &self.listed {
+            process.kill().map_err(failed)?;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.kill().map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl Shims for ShimProcesses {
+    async fn start(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        tap: OwnedFd,
+    ) -> Result<(), SandboxError> {
+        let order = self.templates.start_order(spec.size).await?;
+        let birth = Birth {
+            program: self.places.shim.clone(),
+            folder: self.folder(id),
+            config: self.config(id, spec, &order),
+            cgroup: self.cgroup_under(id, parent(spec)),
+            cgroup_parent: parent(spec).to_owned(),
+            limits: limits(spec),
+            oom_score_adj: spec.host_limits.oom_score_adj,
+            tap,
+            ram: order.ram,
+            children: self.children.clone(),
+        };
+        // Moved into the work, which goes on when the caller gives up: `end` waits for it.
+        let spawning = self.spawning(id).lock_owned().await;
+        let ready = blocking("start the pod's shim", move || {
+            let born = birth.give();
+            drop(spawning);
+            born.map_err(|error| SandboxError::step("start the pod's shim", error))
+        })
+        .await?;
+        let ready = pipe::Receiver::from_owned_fd(ready)
+            .map_err(|error| SandboxError::step("start the pod's shim", error))?;
+        self.wait_ready(id, ready).await
+    }
+
+    fn client(&self, id: &SandboxId) -> ShimClient {
+        ShimClient::new(self.folder(id).join(SOCKET_FILE))
+    }
+
+    async fn is_alive(&self, id: &SandboxId) -> Result<bool, SandboxError> {
+        Ok(!self.living(id)?.none())
+    }
+
+    async fn last_words(&self, id: &SandboxId) -> Vec<shim::ContainerState> {
+        let folder = self.folder(id).join(CONTAINERS_DIR);
+        let read = move || Ok(read_containers(&folder));
+        blocking("read the shim's records", read).await.unwrap_or_default()
+    }
+
+    async fn end(&self, id: &SandboxId) -> Result<(), SandboxError> {
+        drop(self.spawning(id).lock_owned().await);
+        self.spawned(id);
+        if self.folder(id).join(SOCKET_FILE).exists() {
+            let asked = tokio::time::timeout(GRACE, self.client(id).shutdown()).await;
+            if let Ok(Err(error)) = asked {
+                debug!(error = chain(&error), "the shim is killed instead");
+            }
+        }
+        self.wait_until_gone(id).await?;
+        self.remove_cgroup(id).await?;
+        let disk = self.disk(id);
+        blocking("remove the pod's disk", move || gone(fs::remove_file(&disk), "remove the pod's disk"))
+            .await
+    }
+
+    async fn forget(&self, id: &SandboxId) -> Result<(), SandboxError> {
+        let folder = self.folder(id);
+        blocking("remove the shim's folder", move || {
+            gone(fs::remove_dir_all(&folder), "remove the shim's folder")
+        })
+        .await
+    }
+
+    async fn leftovers(&self) -> Result<Vec<SandboxId>, SandboxError> {
+        let failed = |error| SandboxError::step("look for shims' folders", error);
+        let mut found = Vec::new();
+        let entries = match fs::read_dir(&self.places.state) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+            Err(error) => return Err(failed(error)),
+        };
+        for entry in entries {
+            let name = entry.map_err(failed)?.file_name();
+            found.extend(name.to_str().and_then(|name| name.parse::<SandboxId>().ok()));
+        }
+        Ok(found)
+    }
+}
+
+/// Everything a shim is started with.
+struct Birth {
+    program: PathBuf,
+    folder: PathBuf,
+    config: ShimConfig,
+    cgroup: Cgroup,
+    cgroup_parent: String,
+    limits: Limits,
+    oom_score_adj: i32,
+    tap: OwnedFd,
+    ram: Option<OwnedFd>,
+    children: Children,
+}
+
+impl Birth {
+    /// Starts it; the pipe on which it says that it is ready.
+    fn give(self) -> io::Result<OwnedFd> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+        // Before the cgroup is made: whoever finds it knows where from.
+        fs::write(self.folder.join(CGROUP_FILE), &self.cgroup_parent)?;
+        fs::write(self.folder.join(CONFIG_FILE), serde_json::to_vec_pretty(&self.config)?)?;
+        let (doors, unset) = self.cgroup.create(&self.limits)?;
+        if !unset.is_empty() {
+            warn!(limits = unset.join("; "), "the pod's host cgroup is not limited as asked");
+        }
+        let log = File::options().create(true).append(true).open(self.folder.join(LOG_FILE))?;
+        let (reader, writer) = io::pipe()?;
+        let mut spawn = Spawn::new(self.program);
+        spawn.arg(&self.folder);
+        spawn.fd(writer, fd::READY).fd(self.tap, fd::TAP);
+        if let Some(ram) = self.ram {
+            spawn.fd(ram, fd::TEMPLATE_RAM);
+        }
+        spawn.output = Some(log.into());
+        spawn.session = true;
+        spawn.cgroups = doors;
+        let child = spawn.start()?;
+        adjust_oom_score(child.id(), self.oom_score_adj);
+        note_process(&self.folder, child.id())?;
+        self.children.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+        Ok(reader.into())
+    }
+}
+
+/// Notes the shim until it has written the list itself, which it may have by now.
+fn note_process(folder: &Path, pid: u32) -> io::Result<()> {
+    let Ok(Identity { pid, start_time }) = Identity::of(pid) else { return Ok(()) };
+    let shim = Process { pid, start_time };
+    let list = serde_json::to_vec(&Processes { shim, vmm: None, volume_server: None })?;
+    match File::create_new(folder.join(PROCESSES_FILE)) {
+        Ok(mut file) => io::Write::write_all(&mut file, &list),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// QEMU inherits it from the shim. Lowering it needs CAP_SYS_RESOURCE.
+fn adjust_oom_score(pid: u32, score: i32) {
+    if score == 0 {
+        return;
+    }
+    if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+        debug!(%error, score, "oom_score_adj of the shim stays");
+    }
+}
+
+/// Takes the exits of shims that are this server's children, so that they do not stay as zombies.
+async fn reap(children: Children) {
+    let mut signals = match signal(SignalKind::child()) {
+        Ok(signals) => signals,
+        Err(error) => return warn!(%error, "ended shims stay as zombies"),
+    };
+    while signals.recv().await.is_some() {
+        let mut children = children.lock().unwrap_or_else(PoisonError::into_inner);
+        children.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
+    }
+}
+
+fn parent(spec: &SandboxSpec) -> &str {
+    if spec.cgroup_parent.is_empty() { CGROUP_PARENT } else { &spec.cgroup_parent }
+}
+
+fn limits(spec: &SandboxSpec) -> Limits {
+    let host = &spec.host_limits;
+    Limits {
+        cpu_shares: host.cpu_shares,
+        cpu_quota: host.cpu_quota,
+        cpu_period: host.cpu_period,
+        cpuset_cpus: host.cpuset_cpus.clone(),
+        cpuset_mems: host.cpuset_mems.clone(),
+        memory_max: (u64::from(spec.size.memory_mb) + HOST_OVERHEAD_MB) << 20,
+    }
+}
+
+/// The user id of the sandbox's QEMU.
+fn uid(id: &SandboxId, base: u32, count: u32) -> u32 {
+    // An id is hex, so this always parses.
+    let number = u32::from_str_radix(&id.as_str()[..8], 16).unwrap_or_default();
+    base + number % count.max(1)
+}
+
+fn read_containers(folder: &Path) -> Vec<shim::ContainerState> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let record = |entry: io::Result<fs::DirEntry>| {
+        let bytes = fs::read(entry.ok()?.path()).ok()?;
+        serde_json::from_slice::<ContainerRecord>(&bytes).ok()
+    };
+    entries.filter_map(record).map(to_state).collect()
+}
+
+fn to_state(record: ContainerRecord) -> shim::ContainerState {
+    use shim::container_state::Phase;
+    let phase = match record.phase {
+        ContainerPhase::Created => Phase::Created,
+        ContainerPhase::Running => Phase::Running,
+        ContainerPhase::Exited => Phase::Exited,
+    };
+    shim::ContainerState {
+        container_id: record.container_id.to_string(),
+        phase: phase.into(),
+        created_at: record.created_at,
+        started_at: record.started_at,
+        exit: record.exit.map(|exit| a3s_box_api::agent::v1::Exit {
+            code: exit.code,
+            signal: exit.signal,
+            exited_at: exit.exited_at,
+            oom_killed: exit.oom_killed,
+        }),
+        guest_pid: record.guest_pid,
+        uid: record.uid,
+        gid: record.gid,
+        groups: record.groups,
+    }
+}
+
+fn log_tail(folder: &Path) -> String {
+    let read = || -> io::Result<String> {
+        let mut file = File::open(folder.join(LOG_FILE))?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).trim().to_owned())
+    };
+    match read() {
+        Ok(text) if text.is_empty() => "its log is empty".to_owned(),
+        Ok(text) => format!("its log ends: {text}"),
+        Err(error) => format!("its log cannot be read: {error}"),
+    }
+}
+
+fn gone(result: io::Result<()>, step: &'static str) -> Result<(), SandboxError> {
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(SandboxError::step(step, error))
+        }
+        _ => Ok(()),
+    }
+}
