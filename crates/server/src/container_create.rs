@@ -1,16 +1,11 @@
 //! CreateContainer: spec, image and sandbox become one order to the shim.
 
 use crate::{
-    container::{
-        ContainerRecord, ContainerSpec, Phase,
-        spec::Pid,
-    },
+    container::{ContainerRecord, ContainerSpec, Phase, spec::Pid},
     container_spec::container_spec,
     node::{ContainerImage, Node},
     oci_spec::oci_spec,
-    sandbox::{
-        NewContainer, SandboxError, Sandboxes, View, blocking, now, spec::SandboxSpec,
-    },
+    sandbox::{NewContainer, SandboxError, Sandboxes, View, blocking, now, spec::SandboxSpec},
     stop_signal::stop_signal,
 };
 use a3s_box_api::{agent::v1 as agent, cri, shim::v1 as shim};
@@ -66,7 +61,10 @@ fn fit_to_sandbox(
             let target = sandboxes.container(&id)?.1;
             if target.sandbox_id != view.record.id {
                 let why = "is a container of another sandbox";
-                return Err(SandboxError::invalid(format!("{AT}.namespace_options.target_id"), why));
+                return Err(SandboxError::invalid(
+                    format!("{AT}.namespace_options.target_id"),
+                    why,
+                ));
             }
             spec.security.pid = Pid::Target(target.id.to_string());
         }
@@ -168,9 +166,10 @@ fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError
             fs::create_dir_all(path).map_err(failed)?;
         }
         let real = fs::canonicalize(path).map_err(failed)?;
-        mount.host_path = real.into_os_string().into_string().map_err(|path| {
-            failed(io::Error::other(format!("{} is not UTF-8", path.display())))
-        })?;
+        mount.host_path = real
+            .into_os_string()
+            .into_string()
+            .map_err(|path| failed(io::Error::other(format!("{} is not UTF-8", path.display()))))?;
     }
     Ok(spec)
 }

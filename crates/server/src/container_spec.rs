@@ -109,8 +109,8 @@ fn log_path(path: &str) -> Result<String, SandboxError> {
 
 fn mount(mount: &cri::Mount) -> Result<MountSpec, SandboxError> {
     let at = |field: &str| format!("mounts[{}].{field}", mount.container_path);
-    if mount.container_path.is_empty() || mount.container_path.contains('\0') {
-        return Err(SandboxError::invalid(at("container_path"), "is empty or holds a zero byte"));
+    if !mount.container_path.starts_with('/') || mount.container_path.contains('\0') {
+        return Err(SandboxError::invalid(at("container_path"), "is not an absolute path"));
     }
     if mount.image.is_some() || !mount.image_sub_path.is_empty() {
         return Err(SandboxError::unsupported(at("image"), "image volumes are not there yet"));
@@ -259,6 +259,142 @@ fn pid(options: Option<&cri::NamespaceOption>) -> Result<Pid, SandboxError> {
         cri::NamespaceMode::Target => Ok(Pid::Target(options.target_id.clone())),
         cri::NamespaceMode::Node => {
             Err(SandboxError::unsupported(format!("{field}.pid = NODE"), "not in a guest"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> cri::ContainerConfig {
+        cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata { name: "c".into(), attempt: 1 }),
+            image: Some(cri::ImageSpec { image: "busybox".into(), ..Default::default() }),
+            mounts: vec![cri::Mount {
+                container_path: "/data".into(),
+                host_path: "/tmp".into(),
+                selinux_relabel: true,
+                ..Default::default()
+            }],
+            linux: Some(cri::LinuxContainerConfig {
+                resources: Some(Default::default()),
+                security_context: Some(cri::LinuxContainerSecurityContext {
+                    namespace_options: Some(Default::default()),
+                    ..Default::default()
+                }),
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSecurityContext {
+        config.linux.as_mut().unwrap().security_context.as_mut().unwrap()
+    }
+
+    fn resources(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerResources {
+        config.linux.as_mut().unwrap().resources.as_mut().unwrap()
+    }
+
+    type Case = (&'static str, fn(&mut cri::ContainerConfig));
+
+    fn refused(cases: &[Case]) -> Vec<SandboxError> {
+        let refused = |(name, change): &Case| {
+            let mut config = config();
+            change(&mut config);
+            let error = container_spec(&config, "a3s-box").expect_err(name);
+            assert!(error.to_string().contains(name), "{name}: {error}");
+            error
+        };
+        cases.iter().map(refused).collect()
+    }
+
+    #[test]
+    fn what_a_guest_cannot_do_is_refused_by_name() {
+        let errors = refused(&[
+            ("windows", |c| c.windows = Some(Default::default())),
+            ("devices[/dev/x]", |c| {
+                let container_path = "/dev/x".to_owned();
+                c.devices = vec![cri::Device { container_path, ..Default::default() }];
+            }),
+            ("CDI_devices[a/b=c]", |c| {
+                c.cdi_devices = vec![cri::CdiDevice { name: "a/b=c".into() }];
+            }),
+            ("mounts[/data].image", |c| c.mounts[0].image = Some(Default::default())),
+            ("mounts[/data].recursive_read_only", |c| c.mounts[0].recursive_read_only = true),
+            ("mounts[/data].mount_options[noexec]", |c| {
+                c.mounts[0].mount_options = vec!["noexec".into()];
+            }),
+            ("mounts[/data].uidMappings", |c| {
+                c.mounts[0].uid_mappings = vec![Default::default()];
+            }),
+            ("PROPAGATION_BIDIRECTIONAL", |c| c.mounts[0].propagation = 2),
+            ("cpuset_cpus", |c| resources(c).cpuset_cpus = "0-1".into()),
+            ("apparmor", |c| security(c).apparmor_profile = "localhost/x".into()),
+            ("apparmor", |c| security(c).apparmor = Some(Default::default())),
+            ("selinux_options", |c| {
+                let user = "u".to_owned();
+                let options = cri::SeLinuxOption { user, ..Default::default() };
+                security(c).selinux_options = Some(options);
+            }),
+            ("handlers.a3s-box.host_namespaces", |c| {
+                security(c).namespace_options.as_mut().unwrap().network = 2;
+            }),
+        ]);
+        for error in errors {
+            assert!(matches!(error, SandboxError::Unsupported { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_that_mean_nothing_are_refused_by_name() {
+        let errors = refused(&[
+            ("metadata", |c| c.metadata = None),
+            ("metadata.name", |c| c.metadata = Some(Default::default())),
+            ("image.image", |c| c.image = None),
+            ("working_dir", |c| c.working_dir = "tmp".into()),
+            ("envs[A=]", |c| {
+                c.envs = vec![cri::KeyValue { key: "A=".into(), value: "x".into() }];
+            }),
+            ("envs[A]", |c| {
+                let value = vec![0xff].into();
+                c.envs = vec![cri::KeyValue { key: "A".into(), value }];
+            }),
+            ("log_path", |c| c.log_path = "../x.log".into()),
+            ("log_path", |c| c.log_path = "/x.log".into()),
+            ("mounts[data].container_path", |c| c.mounts[0].container_path = "data".into()),
+            ("mounts[/data].host_path", |c| c.mounts[0].host_path.clear()),
+            ("memory_limit_in_bytes", |c| resources(c).memory_limit_in_bytes = -1),
+            ("oom_score_adj", |c| resources(c).oom_score_adj = 1001),
+            ("run_as_user", |c| security(c).run_as_user = Some(cri::Int64Value { value: -1 })),
+            ("run_as_user", |c| security(c).run_as_user = Some(cri::Int64Value { value: 1 << 32 })),
+            ("run_as_group", |c| security(c).run_as_group = Some(cri::Int64Value { value: 5 })),
+            ("supplemental_groups", |c| security(c).supplemental_groups = vec![-2]),
+            ("target_id", |c| security(c).namespace_options.as_mut().unwrap().pid = 3),
+            ("seccomp.localhost_ref", |c| {
+                let localhost_ref = "profiles/x".to_owned();
+                let profile = cri::SecurityProfile { profile_type: 2, localhost_ref };
+                security(c).seccomp = Some(profile);
+            }),
+        ]);
+        for error in errors {
+            assert!(matches!(error, SandboxError::Invalid { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_seccomp_profile_may_come_in_the_old_field() {
+        use crate::security::Seccomp;
+        for (path, expected) in [
+            ("", Seccomp::Unconfined),
+            ("unconfined", Seccomp::Unconfined),
+            ("runtime/default", Seccomp::RuntimeDefault),
+            ("localhost//p.json", Seccomp::Localhost("/p.json".into())),
+        ] {
+            let mut config = config();
+            security(&mut config).seccomp_profile_path = path.into();
+            let spec = container_spec(&config, "").unwrap();
+            assert_eq!(spec.security.seccomp, expected);
         }
     }
 }

@@ -1,7 +1,10 @@
 //! ContainerStatus: the record as CRI has it.
 
 use crate::{
-    container::{ContainerRecord, Phase, spec::{MountSpec, Propagation, Resources}},
+    container::{
+        ContainerRecord, Phase,
+        spec::{MountSpec, Propagation, Resources},
+    },
     container_list::state,
     node::Node,
     sandbox::{SandboxError, View},

@@ -30,10 +30,7 @@ pub async fn exec_sync(
 }
 
 /// The container, if it runs.
-pub fn running(
-    node: &Node,
-    id: &str,
-) -> Result<(Sandbox, Arc<ContainerRecord>), SandboxError> {
+pub fn running(node: &Node, id: &str) -> Result<(Sandbox, Arc<ContainerRecord>), SandboxError> {
     let (sandbox, container) = node.sandboxes.container(id)?;
     if matches!(container.phase, Phase::Running { .. }) {
         return Ok((sandbox, container));

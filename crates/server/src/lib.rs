@@ -35,4 +35,7 @@ pub mod stop_signal;
 pub mod version;
 pub mod vm_size;
 
+#[cfg(test)]
+mod container_flows;
+
 pub use serve::Server;

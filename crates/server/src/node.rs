@@ -1,11 +1,25 @@
 //! What the RPCs of sandboxes and containers share.
 
 use crate::{
-    sandbox::{SandboxError, Sandboxes},
+    config::Config,
+    sandbox::{
+        Deps, SandboxError, Sandboxes,
+        cni_network::CniNetwork,
+        shim_process::{Places, ShimProcesses, Templates},
+    },
     vm_size::SizeRules,
 };
+use a3s_box_net::Cni;
+use a3s_box_store::Store;
 use oci_spec::image::ImageConfiguration;
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
+use tokio::sync::broadcast;
+
+/// Folder of sandboxes under the root and under the state folder.
+const SANDBOXES: &str = "sandboxes";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Events that a slow listener may be behind.
+const EVENTS: usize = 1024;
 
 /// Sandboxes, images and the configuration's rules for them.
 pub struct Node {
@@ -41,6 +55,42 @@ pub struct ContainerImage {
 }
 
 impl Node {
+    /// The node of this configuration. Call inside a runtime, then `sandboxes.recover()` before any
+    /// RPC is answered.
+    pub fn open(
+        config: &Config,
+        cni: Arc<Cni>,
+        templates: Arc<dyn Templates>,
+        images: Box<dyn Images>,
+    ) -> Result<Self, SandboxError> {
+        let places = Places {
+            shim: config.shim.clone(),
+            qemu: config.vm.qemu.clone(),
+            state: config.state.join(SANDBOXES),
+            root: config.root.join(SANDBOXES),
+            uid_base: config.vm.uid_base,
+            uid_count: config.vm.uid_count,
+            start_timeout: config.vm.start_timeout,
+        };
+        let boot_id = std::fs::read_to_string(BOOT_ID)
+            .map_err(|error| SandboxError::step("read the boot id", error))?;
+        let deps = Deps {
+            store: Store::open(&places.root)?,
+            network: Arc::new(CniNetwork::new(cni)),
+            shims: Arc::new(ShimProcesses::new(places, templates)?),
+            boot_id: boot_id.trim().to_owned(),
+            events: broadcast::channel(EVENTS).0,
+        };
+        let sizes = SizeRules {
+            default: config.vm.default_size,
+            min_memory_mb: config.vm.min_memory_mb,
+            max: config.vm.max_size,
+            guest_overhead_mb: config.vm.guest_overhead_mb,
+        };
+        let handlers = config.handlers.keys().cloned().collect();
+        Ok(Self { sandboxes: Sandboxes::new(deps), images, sizes, handlers })
+    }
+
     /// Refuses a handler that is not configured.
     pub fn check_handler(&self, name: &str) -> Result<(), SandboxError> {
         if self.handlers.contains(name) {

@@ -247,3 +247,164 @@ fn host_limits(
         oom_score_adj: resources.oom_score_adj as i32,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use a3s_box_types::shim::VmSize;
+
+    const SIZES: SizeRules = SizeRules {
+        default: VmSize { vcpus: 1, memory_mb: 512 },
+        min_memory_mb: 128,
+        max: VmSize { vcpus: 4, memory_mb: 4096 },
+        guest_overhead_mb: 64,
+    };
+
+    fn config() -> cri::PodSandboxConfig {
+        cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: "web".into(),
+                uid: "u".into(),
+                namespace: "default".into(),
+                attempt: 2,
+            }),
+            linux: Some(cri::LinuxPodSandboxConfig {
+                security_context: Some(cri::LinuxSandboxSecurityContext {
+                    namespace_options: Some(cri::NamespaceOption::default()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn linux(config: &mut cri::PodSandboxConfig) -> &mut cri::LinuxPodSandboxConfig {
+        config.linux.as_mut().unwrap()
+    }
+
+    fn security(config: &mut cri::PodSandboxConfig) -> &mut cri::LinuxSandboxSecurityContext {
+        linux(config).security_context.as_mut().unwrap()
+    }
+
+    fn namespaces(config: &mut cri::PodSandboxConfig) -> &mut cri::NamespaceOption {
+        security(config).namespace_options.as_mut().unwrap()
+    }
+
+    fn error(change: impl FnOnce(&mut cri::PodSandboxConfig)) -> SandboxError {
+        let mut config = config();
+        change(&mut config);
+        sandbox_spec(&config, "a3s-box", &SIZES).unwrap_err()
+    }
+
+    #[test]
+    fn what_a_virtual_machine_cannot_share_is_refused_by_name() {
+        const NODE: i32 = cri::NamespaceMode::Node as i32;
+        let cases: [(&str, fn(&mut cri::PodSandboxConfig)); 9] = [
+            ("handlers.a3s-box.host_namespaces", |c| namespaces(c).network = NODE),
+            ("namespace_options.pid = NODE", |c| namespaces(c).pid = NODE),
+            ("namespace_options.ipc = NODE", |c| namespaces(c).ipc = NODE),
+            ("userns_options", |c| namespaces(c).userns_options = Some(Default::default())),
+            ("selinux_options", |c| {
+                let level = "s0".to_owned();
+                security(c).selinux_options =
+                    Some(cri::SeLinuxOption { level, ..Default::default() });
+            }),
+            ("apparmor", |c| security(c).apparmor = Some(cri::SecurityProfile::default())),
+            ("windows", |c| c.windows = Some(Default::default())),
+            ("hugepage_limits[2MB]", |c| {
+                let page_size = "2MB".to_owned();
+                linux(c).resources = Some(cri::LinuxContainerResources {
+                    hugepage_limits: vec![cri::HugepageLimit { page_size, limit: 1 }],
+                    ..Default::default()
+                });
+            }),
+            ("unified[memory.min]", |c| {
+                linux(c).overhead = Some(cri::LinuxContainerResources {
+                    unified: [("memory.min".to_owned(), "1".to_owned())].into(),
+                    ..Default::default()
+                });
+            }),
+        ];
+        for (name, change) in cases {
+            let error = error(change);
+            assert!(matches!(error, SandboxError::Unsupported { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn values_that_mean_nothing_are_refused_by_name() {
+        let cases: [(&str, fn(&mut cri::PodSandboxConfig)); 13] = [
+            ("metadata", |c| c.metadata = None),
+            ("metadata.name", |c| c.metadata.as_mut().unwrap().name.clear()),
+            ("metadata.uid", |c| c.metadata.as_mut().unwrap().uid.clear()),
+            ("metadata.namespace", |c| c.metadata.as_mut().unwrap().namespace.clear()),
+            ("hostname", |c| c.hostname = "a b".into()),
+            ("hostname", |c| c.hostname = "x".repeat(65)),
+            ("log_directory", |c| c.log_directory = "var/log".into()),
+            ("log_directory", |c| c.log_directory = "/var/../etc".into()),
+            ("port_mappings.host_port", |c| {
+                c.port_mappings =
+                    vec![cri::PortMapping { host_port: 70_000, ..Default::default() }];
+            }),
+            ("dns_config.servers", |c| {
+                let servers = vec!["1.1.1.1\nnameserver 2.2.2.2".to_owned()];
+                c.dns_config = Some(cri::DnsConfig { servers, ..Default::default() });
+            }),
+            ("linux.cgroup_parent", |c| linux(c).cgroup_parent = "kubepods".into()),
+            ("linux.sysctls[../../x]", |c| {
+                linux(c).sysctls = [("../../x".to_owned(), "1".to_owned())].into();
+            }),
+            ("run_as_group", |c| security(c).run_as_group = Some(cri::Int64Value { value: 1 })),
+        ];
+        for (name, change) in cases {
+            let error = error(change);
+            assert!(matches!(error, SandboxError::Invalid { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn everything_kubelet_sends_for_an_ordinary_pod_is_taken_over() {
+        let mut config = config();
+        config.hostname = "web".into();
+        config.log_directory = "/var/log/pods/x".into();
+        config.port_mappings = vec![
+            cri::PortMapping { container_port: 80, host_port: 8080, ..Default::default() },
+            cri::PortMapping { container_port: 81, ..Default::default() },
+        ];
+        config.annotations = [(NETWORK.to_owned(), "blue".to_owned())].into();
+        security(&mut config).seccomp = Some(cri::SecurityProfile::default());
+        namespaces(&mut config).pid = cri::NamespaceMode::Container.into();
+        namespaces(&mut config).userns_options = Some(cri::UserNamespace {
+            mode: cri::NamespaceMode::Node.into(),
+            ..Default::default()
+        });
+        linux(&mut config).cgroup_parent = "/kubepods/burstable/pod1".into();
+        linux(&mut config).resources = Some(cri::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 150_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 200 << 20,
+            hugepage_limits: vec![cri::HugepageLimit { page_size: "2MB".into(), limit: 0 }],
+            ..Default::default()
+        });
+        let spec = sandbox_spec(&config, "a3s-box", &SIZES).unwrap();
+        assert_eq!(spec.name.attempt, 2);
+        assert_eq!(spec.network.as_deref(), Some("blue"));
+        assert_eq!(spec.port_mappings.len(), 1, "a mapping without a host port maps nothing");
+        assert!(!spec.shared_pid);
+        assert_eq!(spec.size, VmSize { vcpus: 2, memory_mb: 384 });
+        assert_eq!((spec.host_limits.cpu_quota, spec.host_limits.cpu_shares), (150_000, 512));
+    }
+
+    #[test]
+    fn a_slice_of_the_systemd_driver_is_a_cgroup_parent() {
+        let mut config = config();
+        linux(&mut config).cgroup_parent = "kubepods-pod1.slice".into();
+        let spec = sandbox_spec(&config, "", &SIZES).unwrap();
+        assert_eq!(spec.cgroup_parent, "kubepods-pod1.slice");
+        assert!(spec.shared_pid);
+    }
+}
