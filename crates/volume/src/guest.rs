@@ -59,7 +59,7 @@ pub fn mount(target: &Path) -> io::Result<OwnedFd> {
 
 /// Sets the mount's read-ahead. The device number comes from mountinfo: stat would ask the host.
 fn read_ahead(target: &Path) -> io::Result<()> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo")?;
     let device = mounts
         .lines()
         .rev()

@@ -15,7 +15,7 @@ use crate::wire::{self, IN_HEADER, MAX_MESSAGE, opcode};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
 /// Requests that are worked on at the same time.
 const WORKERS: usize = 2;
@@ -80,15 +80,27 @@ fn lock(mutex: &Mutex<()>) -> MutexGuard<'_, ()> {
 impl Server<'_> {
     fn run(&self, answered: bool) -> Result<()> {
         std::thread::scope(|scope| {
-            // The threads come before the filter, which lets none be made.
+            // The threads come before the filter, which lets none be made or start.
             let closed = lock(&self.reading);
+            let (started, starts) = mpsc::channel();
             let mut workers = Vec::new();
             for _ in 0..WORKERS {
                 let worker = std::thread::Builder::new()
                     .stack_size(STACK)
-                    .spawn_scoped(scope, || self.work());
+                    .spawn_scoped(scope, {
+                        let started = started.clone();
+                        move || {
+                            // The other end waits for this.
+                            started.send(()).ok();
+                            self.work()
+                        }
+                    });
                 match worker {
-                    Ok(worker) => workers.push(worker),
+                    Ok(worker) => {
+                        // An error is a thread that is gone already, and is found below.
+                        starts.recv().ok();
+                        workers.push(worker);
+                    }
                     Err(source) => {
                         self.hang_up();
                         let step = "make its threads";
