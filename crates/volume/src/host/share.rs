@@ -15,7 +15,7 @@ use rustix::mount::{
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 /// A pod's share. Dropping it unmounts nothing: the namespace's end does.
 #[derive(Debug)]
@@ -155,15 +155,9 @@ impl Share {
     }
 
     fn path(&self, name: &str) -> Result<PathBuf> {
-        let relative = Path::new(name);
-        let plain = !name.is_empty()
-            && !name.contains("//")
-            && !name.ends_with('/')
-            && relative
-                .components()
-                .all(|part| matches!(part, Component::Normal(_)));
+        let plain = name.split('/').all(|part| !matches!(part, "" | "." | ".."));
         if plain {
-            Ok(self.root.join(relative))
+            Ok(self.root.join(name))
         } else {
             Err(Error::Name(name.to_owned()))
         }

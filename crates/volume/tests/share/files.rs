@@ -505,6 +505,11 @@ pub fn mount_tmpfs(target: &std::path::Path) -> Result<()> {
 
 fn a_read_only_volume_refuses_every_change() -> Result<()> {
     let pod = Pod::start()?;
+    // The test's own namespace is the host here: what the share is a slave of.
+    fs::create_dir(pod.host.join("0"))?;
+    mount_tmpfs(&pod.host.join("0"))?;
+    let shared = rustix::mount::MountPropagationFlags::SHARED;
+    rustix::mount::mount_change(pod.host.join("0"), shared)?;
     let (host, guest) = pod.volume("0", true)?;
     fs::write(host.join("f"), "fixed")?;
     fs::create_dir(host.join("d"))?;
