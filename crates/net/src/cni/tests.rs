@@ -162,7 +162,7 @@ async fn del_goes_on_after_a_plugin_failed_and_is_owed_until_all_succeed() {
     let error = cni.del(&id).await.unwrap_err().to_string();
     assert!(error.ends_with("exit code 3: out of luck"), "{error}");
     assert_eq!(node.diary().last().unwrap(), "DEL first");
-    assert_eq!(cni.list().unwrap(), [id.clone()]);
+    assert_eq!(cni.list().unwrap(), std::slice::from_ref(&id));
     node.instead("second", "DEL", "");
     cni.del(&id).await.unwrap();
     assert!(cni.list().unwrap().is_empty());
