@@ -1,0 +1,31 @@
+# What to type: `make build`, `make test`, `make lint`.
+
+AGENT_TARGET := x86_64-unknown-linux-gnu
+PACKAGES := qemu-system-x86 e2fsprogs erofs-utils libseccomp-dev containernetworking-plugins \
+	docker-registry skopeo iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev
+
+.PHONY: all build deps guest test lint fmt
+
+all: build
+
+build: guest ## release binaries in target/release, the guest in target/guest
+	cargo build --release --locked -p a3s-box-cri -p a3s-box-shim
+
+guest: deps ## the agent, and kernel and initramfs around it
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(AGENT_TARGET) -p a3s-box-agent
+	install -D target/$(AGENT_TARGET)/release/a3s-box-agent target/release/a3s-box-agent
+	guest/build.sh target/guest target/release/a3s-box-agent
+
+deps: ## Debian packages that are missing
+	scripts/deps.sh $(PACKAGES)
+
+test: build ## every test; as root
+	cargo test --workspace --locked
+
+lint: deps
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	scripts/check-crates.py
+
+fmt:
+	cargo fmt --all
