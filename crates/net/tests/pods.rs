@@ -85,7 +85,6 @@ impl Pod {
             port_mappings: host_port.map(mapping).into_iter().collect(),
             dns: None,
             bandwidth: None,
-            ip_ranges: Vec::new(),
             cgroup_path: String::new(),
         }
     }

@@ -22,6 +22,7 @@ use serde_json::{Map, Value, json};
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -30,6 +31,9 @@ pub const INTERFACE: &str = "eth0";
 
 const REQUEST: &str = "request";
 const RESULT: &str = "result";
+/// Object and record of what is not one sandbox's.
+const NODE: &str = "node";
+const IP_RANGES: &str = "ip-ranges";
 
 /// The node's CNI networks. Configuration files are read anew each time.
 #[derive(Debug)]
@@ -38,6 +42,7 @@ pub struct Cni {
     bin_dirs: Vec<PathBuf>,
     records: Store,
     plugin_timeout: Duration,
+    ip_ranges: Mutex<Vec<String>>,
 }
 
 /// A pod that wants an interface.
@@ -61,8 +66,6 @@ pub struct Attachment {
     pub dns: Option<Dns>,
     /// For plugins with the capability `bandwidth`.
     pub bandwidth: Option<Bandwidth>,
-    /// For plugins with the capability `ipRanges`: the pods' subnets on this node, in CIDR notation.
-    pub ip_ranges: Vec<String>,
     /// For plugins with the capability `cgroupPath`; empty: not told.
     pub cgroup_path: String,
 }
@@ -130,6 +133,7 @@ pub struct Attached {
 struct Request {
     network: Network,
     attachment: Attachment,
+    ip_ranges: Vec<String>,
 }
 
 impl Cni {
@@ -141,12 +145,24 @@ impl Cni {
         records: &Path,
         plugin_timeout: Duration,
     ) -> Result<Self, NetError> {
+        let records = Store::open(records)?;
+        let ip_ranges = records.read(NODE)?.get(IP_RANGES).and_then(Result::ok);
         Ok(Self {
             conf_dir: conf_dir.to_owned(),
             bin_dirs: bin_dirs.to_owned(),
-            records: Store::open(records)?,
+            records,
             plugin_timeout,
+            ip_ranges: Mutex::new(ip_ranges.unwrap_or_default()),
         })
+    }
+
+    /// Tells pods' subnets on this node, in CIDR notation, to all plugins with the capability
+    /// `ipRanges` from now on, also after a restart.
+    pub fn set_ip_ranges(&self, ranges: Vec<String>) -> Result<(), NetError> {
+        let mut kept = self.ip_ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        self.records.put(NODE, IP_RANGES, &ranges)?;
+        *kept = ranges;
+        Ok(())
     }
 
     /// Whether pods can get a network: the default configuration means something and its plugins are
@@ -170,7 +186,8 @@ impl Cni {
         let arguments = arguments(attachment)?;
         let network = Network::find(&self.conf_dir, attachment.network.as_deref())?;
         let id = attachment.sandbox_id.as_str();
-        let request = Request { network, attachment: attachment.clone() };
+        let ip_ranges = self.ip_ranges.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let request = Request { network, attachment: attachment.clone(), ip_ranges };
         self.records.put(id, REQUEST, &request)?;
         let network = &request.network;
         let lock = self.lock(id).await?;
@@ -182,7 +199,7 @@ impl Cni {
 
         let mut result = None;
         for plugin in &network.plugins {
-            let input = input(network, plugin, attachment, result.as_ref());
+            let input = input(&request, plugin, result.as_ref());
             let call = self.call("ADD", network, plugin, &request, &arguments);
             result = Some(call.run(&input, &lock, &self.bin_dirs).await?);
         }
@@ -215,7 +232,7 @@ impl Cni {
         for plugin in request.network.plugins.iter().rev() {
             // Since 0.4.0 DEL is told the result.
             let result = result.filter(|_| request.network.tells_del_the_result());
-            let input = input(&request.network, plugin, &request.attachment, result);
+            let input = input(&request, plugin, result);
             let call = self.call("DEL", &request.network, plugin, &request, &arguments);
             errors.extend(call.run(&input, &lock, &self.bin_dirs).await.err());
         }
@@ -259,19 +276,15 @@ impl Cni {
 }
 
 /// What a plugin reads: its own part of the configuration, and what only its caller knows.
-fn input(
-    network: &Network,
-    plugin: &Map<String, Value>,
-    attachment: &Attachment,
-    previous: Option<&Value>,
-) -> Value {
+fn input(request: &Request, plugin: &Map<String, Value>, previous: Option<&Value>) -> Value {
+    let network = &request.network;
     let mut input = plugin.clone();
     input.insert("cniVersion".to_owned(), json!(network.version));
     input.insert("name".to_owned(), json!(network.name));
     if let Some(previous) = previous {
         input.insert("prevResult".to_owned(), previous.clone());
     }
-    let told: Map<String, Value> = capabilities(attachment)
+    let told: Map<String, Value> = capabilities(&request.attachment, &request.ip_ranges)
         .into_iter()
         .filter(|(capability, _)| network::asks_for(plugin, capability))
         .map(|(capability, value)| (capability.to_owned(), value))
@@ -283,7 +296,7 @@ fn input(
 }
 
 /// What can be told to plugins that ask for it, by capability; nothing that is empty.
-fn capabilities(attachment: &Attachment) -> Vec<(&'static str, Value)> {
+fn capabilities(attachment: &Attachment, ip_ranges: &[String]) -> Vec<(&'static str, Value)> {
     let mut told = Vec::new();
     if !attachment.port_mappings.is_empty() {
         let ports: Vec<_> = attachment.port_mappings.iter().map(port_mapping).collect();
@@ -306,10 +319,9 @@ fn capabilities(attachment: &Attachment) -> Vec<(&'static str, Value)> {
         }
         told.push(("bandwidth", Value::Object(limits)));
     }
-    if !attachment.ip_ranges.is_empty() {
+    if !ip_ranges.is_empty() {
         // One address out of each inner list.
-        let ranges: Vec<_> =
-            attachment.ip_ranges.iter().map(|subnet| json!([{ "subnet": subnet }])).collect();
+        let ranges: Vec<_> = ip_ranges.iter().map(|subnet| json!([{ "subnet": subnet }])).collect();
         told.push(("ipRanges", json!(ranges)));
     }
     if !attachment.cgroup_path.is_empty() {

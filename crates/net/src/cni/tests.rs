@@ -80,7 +80,6 @@ impl Node {
             }],
             dns: None,
             bandwidth: None,
-            ip_ranges: Vec::new(),
             cgroup_path: String::new(),
         }
     }
@@ -125,6 +124,21 @@ async fn a_plugin_is_told_only_what_it_asks_for() {
     assert_eq!(
         node.input(1)["runtimeConfig"],
         json!({"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]})
+    );
+}
+
+#[tokio::test]
+async fn the_nodes_subnets_are_told_to_who_asks_for_them_and_survive_a_restart() {
+    let node = Node::new();
+    let plugins = json!([{"type": "first", "capabilities": {"ipRanges": true}}]);
+    let config = json!({"cniVersion": "1.0.0", "name": "a", "plugins": plugins});
+    fs::write(node.path("net.d/10-a.conflist"), config.to_string()).unwrap();
+    assert!(node.cni().asks_for("ipRanges").unwrap());
+    node.cni().set_ip_ranges(vec!["10.1.0.0/24".into(), "fd00::/64".into()]).unwrap();
+    node.cni().add(&node.pod()).await.unwrap();
+    assert_eq!(
+        node.input(0)["runtimeConfig"],
+        json!({"ipRanges": [[{"subnet": "10.1.0.0/24"}], [{"subnet": "fd00::/64"}]]})
     );
 }
 
@@ -216,6 +230,7 @@ async fn del_waits_for_a_plugin_that_a_dead_server_left_running() {
     let request = Request {
         network: Network::find(&node.path("net.d"), None).unwrap(),
         attachment: node.pod(),
+        ip_ranges: Vec::new(),
     };
     cni.records.put(id.as_str(), REQUEST, &request).unwrap();
     let lock = cni.lock(id.as_str()).await.unwrap();

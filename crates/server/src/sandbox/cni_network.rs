@@ -113,7 +113,6 @@ fn attachment(id: &SandboxId, spec: &SandboxSpec) -> Result<Attachment, SandboxE
         port_mappings: spec.port_mappings.iter().map(port).collect(),
         dns: spec.dns.as_ref().map(dns),
         bandwidth: bandwidth(&spec.annotations)?,
-        ip_ranges: Vec::new(),
         cgroup_path: spec.cgroup_parent.clone(),
     })
 }
