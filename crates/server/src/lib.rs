@@ -32,6 +32,7 @@ pub mod service;
 pub mod shim_client;
 pub mod status;
 pub mod stop_signal;
+pub mod templates;
 pub mod version;
 pub mod vm_size;
 

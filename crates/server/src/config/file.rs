@@ -38,6 +38,7 @@ pub struct RawVm {
     pub(super) max_memory_mb: Option<u32>,
     pub(super) min_memory_mb: Option<u32>,
     pub(super) guest_overhead_mb: Option<u32>,
+    pub(super) disk_mb: Option<u64>,
     pub(super) uid_base: Option<u32>,
     pub(super) uid_count: Option<u32>,
     pub(super) template_timeout_ms: Option<u64>,
@@ -118,6 +119,7 @@ fn read_vm(vm: &mut Section<'_, '_>) -> RawVm {
         max_memory_mb: vm.take("max_memory_mb", positive),
         min_memory_mb: vm.take("min_memory_mb", positive),
         guest_overhead_mb: vm.take("guest_overhead_mb", positive),
+        disk_mb: vm.take("disk_mb", mebibytes),
         // 0 would be root, which a guest that breaks out must not be.
         uid_base: vm.take("uid_base", positive),
         uid_count: vm.take("uid_count", positive),
@@ -232,6 +234,14 @@ fn positive<N: std::str::FromStr + PartialOrd + From<u8>>(
     match number.to_string().parse::<N>() {
         Ok(number) if number > N::from(0) => Ok(number),
         Ok(_) | Err(_) => Err(format!("{integer} is not a positive number of this kind")),
+    }
+}
+
+/// An amount that still is one in bytes.
+fn mebibytes(value: &DeValue<'_>) -> Result<u64, String> {
+    match positive::<u64>(value)? {
+        amount if amount <= 1 << 30 => Ok(amount),
+        amount => Err(format!("{amount} is more than 2^30")),
     }
 }
 

@@ -94,6 +94,8 @@ pub struct VmSettings {
     pub min_memory_mb: u32,
     /// Guest memory that no container can use: kernel and agent.
     pub guest_overhead_mb: u32,
+    /// Size of a pod's writable disk in bytes; it takes room as it fills.
+    pub disk_bytes: u64,
     /// First of the user ids that QEMU processes run as.
     pub uid_base: u32,
     /// How many user ids there are; sandboxes beyond that share them.
@@ -248,6 +250,7 @@ impl Config {
                 },
                 min_memory_mb: vm.min_memory_mb.unwrap_or(128),
                 guest_overhead_mb: vm.guest_overhead_mb.unwrap_or(64),
+                disk_bytes: vm.disk_mb.unwrap_or(16_384) << 20,
                 uid_base: vm.uid_base.unwrap_or(1_879_048_192),
                 uid_count: vm.uid_count.unwrap_or(65_536),
                 template_timeout: milliseconds(vm.template_timeout_ms, 60_000),

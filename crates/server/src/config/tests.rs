@@ -50,6 +50,7 @@ fn every_key_of_the_file_has_its_effect() {
         "vm.max_memory_mb = 1024",
         "vm.min_memory_mb = 256",
         "vm.guest_overhead_mb = 32",
+        "vm.disk_mb = 7",
         "vm.uid_base = 7",
         "vm.uid_count = 7",
         "vm.template_timeout_ms = 7",
