@@ -1,0 +1,125 @@
+//! A sandbox's shim, from its order to its shutdown.
+
+use crate::{
+    boundary::{Handle, Parts},
+    records,
+    service::{self, Service, Shim},
+    share::PodShare,
+};
+use a3s_box_api::shim::v1::shim_server::ShimServer;
+use a3s_box_sys::{inherit, namespace};
+use a3s_box_types::shim::{CONFIG_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd};
+use a3s_box_volume::Share;
+use anyhow::Context;
+use rustix::mount::{MountPropagationFlags, mount_change};
+use std::{
+    fs::{self, File},
+    io::Write,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+    time::Instant,
+};
+use tokio::{net::UnixListener, sync::watch};
+use tokio_stream::wrappers::UnixListenerStream;
+
+/// The share's folder in the state folder.
+const SHARE_DIR: &str = "share";
+
+/// Runs the sandbox that `folder` orders, to its shutdown.
+pub fn run(folder: &Path) -> anyhow::Result<()> {
+    let since = Instant::now();
+    let ready = inherit::take(fd::READY).context("the ready pipe")?;
+    let mut ready = File::from(ready);
+    let outcome = start(folder, since, &mut ready);
+    if let Err(err) = &outcome {
+        // The server may be gone; then the log alone has it.
+        writeln!(ready, "error: {err:#}").ok();
+    }
+    outcome
+}
+
+fn start(folder: &Path, since: Instant, ready: &mut File) -> anyhow::Result<()> {
+    let file = folder.join(CONFIG_FILE);
+    let text = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+    let config: ShimConfig =
+        serde_json::from_slice(&text).with_context(|| format!("read {}", file.display()))?;
+    let tap = inherit::take(fd::TAP).context("the tap")?;
+    let template_ram = match config.vm.start {
+        Start::Clone { .. } => {
+            Some(inherit::take(fd::TEMPLATE_RAM).context("the template's memory")?)
+        }
+        Start::Boot { .. } => None,
+    };
+    let processes = Processes {
+        shim: records::process(std::process::id())?,
+        vmm: None,
+        volume_server: None,
+    };
+    records::save_processes(folder, &processes).context("save the process list")?;
+    // Mounts of the host still arrive here; none of ours reaches the host.
+    namespace::unshare_mount().context("leave the mount namespace")?;
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .context("stop sharing mounts with the host")?;
+    let share = Share::create(&folder.join(SHARE_DIR)).context("make the share")?;
+    let share_root = share.root().to_owned();
+    let parts = Parts {
+        folder: folder.to_owned(),
+        share_root,
+        config: config.clone(),
+        tap,
+        template_ram,
+        processes,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(folder, config, parts, share, since, ready))
+}
+
+async fn serve(
+    folder: &Path,
+    config: ShimConfig,
+    parts: Parts,
+    share: Share,
+    since: Instant,
+    ready: &mut File,
+) -> anyhow::Result<()> {
+    let boundary = Handle::start(parts, since);
+    let listener = listen(folder).context("listen on the shim's socket")?;
+    let (stop, mut stopped) = watch::channel(false);
+    let shim = Arc::new(Shim::new(
+        folder,
+        config,
+        boundary,
+        PodShare::new(share),
+        since,
+        stop,
+    ));
+    tokio::spawn(service::follow(shim.clone()));
+    ready.write_all(b"ready\n").context("tell the server")?;
+    // The server reads to the end of the file.
+    *ready = File::open("/dev/null")?;
+    let service = ShimServer::new(Service(shim))
+        .max_decoding_message_size(service::MESSAGE_MAX)
+        .max_encoding_message_size(service::MESSAGE_MAX);
+    tonic::transport::Server::builder()
+        .add_service(service)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+            stopped.wait_for(|stop| *stop).await.ok();
+        })
+        .await
+        .context("serve the shim's socket")
+}
+
+/// Binds through the folder's descriptor: a path of any length fits.
+fn listen(folder: &Path) -> std::io::Result<UnixListener> {
+    let directory: OwnedFd = File::open(folder)?.into();
+    UnixListener::bind(format!(
+        "/proc/self/fd/{}/{SOCKET_FILE}",
+        directory.as_raw_fd()
+    ))
+}

@@ -1,0 +1,492 @@
+//! The shim's calls, and what it keeps between them.
+
+use crate::{
+    boundary::{Boundary, Handle},
+    container::Container,
+    exec,
+    log_file::Log,
+    records,
+    share::PodShare,
+};
+use a3s_box_api::{
+    agent::v1 as agent,
+    shim::v1::{self as shim, event, shim_server, state_response},
+};
+use a3s_box_types::{
+    ContainerId,
+    shim::{Accel, ContainerExit, ContainerPhase, ContainerRecord, ShimConfig},
+};
+use oci_spec::runtime::Spec;
+use std::{
+    collections::{BTreeMap, HashSet},
+    ops::Deref,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status};
+
+/// Both outputs of ExecSync at their largest, and room for the rest.
+pub const MESSAGE_MAX: usize = 48 << 20;
+/// Exit code of a container whose boundary ended under it: as if by SIGKILL.
+const KILLED: ContainerExit = ContainerExit {
+    code: 137,
+    signal: 9,
+    exited_at: 0,
+    oom_killed: false,
+};
+
+/// Everything between the calls.
+#[derive(Debug)]
+pub struct Shim {
+    folder: PathBuf,
+    config: ShimConfig,
+    boundary: Handle,
+    share: PodShare,
+    since: Instant,
+    /// Held through ConfigureSandbox: a repeated call waits for the first one's answer.
+    configured: tokio::sync::Mutex<Option<shim::ConfigureSandboxResponse>>,
+    kernel_release: Mutex<String>,
+    containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// Changes whenever an exit was recorded.
+    exits: watch::Sender<u64>,
+    stop: watch::Sender<bool>,
+}
+
+impl Shim {
+    /// Around a boundary that is starting.
+    pub fn new(
+        folder: &Path,
+        config: ShimConfig,
+        boundary: Handle,
+        share: PodShare,
+        since: Instant,
+        stop: watch::Sender<bool>,
+    ) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            config,
+            boundary,
+            share,
+            since,
+            configured: tokio::sync::Mutex::default(),
+            kernel_release: Mutex::default(),
+            containers: Mutex::default(),
+            exits: watch::channel(0).0,
+            stop,
+        }
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, Status> {
+        let containers = self
+            .containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let container = containers.get(id).cloned();
+        container.ok_or_else(|| Status::not_found(format!("container {id} is not in this sandbox")))
+    }
+
+    fn all(&self) -> Vec<Arc<Container>> {
+        let containers = self
+            .containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        containers.values().cloned().collect()
+    }
+
+    fn ended(&self) -> Option<String> {
+        match &*self.boundary.state.borrow() {
+            Boundary::Ended(why) => Some(why.clone()),
+            Boundary::Starting | Boundary::Running(_) => None,
+        }
+    }
+
+    /// Records an end and tells whoever follows Events.
+    async fn record_exit(&self, container: &Container, exit: ContainerExit) {
+        if let Err(err) = container.exited(exit).await {
+            tracing::error!(%err, "an exit could not be saved");
+        }
+        self.exits.send_modify(|count| *count += 1);
+    }
+
+    async fn create(
+        &self,
+        request: shim::CreateContainerRequest,
+    ) -> Result<shim::ContainerState, Status> {
+        let order = request
+            .container
+            .ok_or_else(|| Status::invalid_argument("container is missing"))?;
+        let id: ContainerId = order
+            .container_id
+            .parse()
+            .map_err(|err| Status::invalid_argument(format!("container_id: {err}")))?;
+        if let Ok(known) = self.container(id.as_str()) {
+            return Ok(records::to_api(&known.record()));
+        }
+        let log_path = Some(request.log_path)
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from);
+        let made = self.make(&id, order, log_path, !request.stdin).await;
+        if made.is_err()
+            && let Err(err) = self.unmake(id.as_str()).await
+        {
+            tracing::warn!(container = %id, %err, "a container that failed could not be cleaned up");
+        }
+        made
+    }
+
+    async fn make(
+        &self,
+        id: &ContainerId,
+        mut order: agent::CreateContainerRequest,
+        log_path: Option<PathBuf>,
+        close_stdin: bool,
+    ) -> Result<shim::ContainerState, Status> {
+        let mut client = self.boundary.agent().await?;
+        let mut spec: Spec = serde_json::from_slice(&order.oci_spec)
+            .map_err(|err| Status::invalid_argument(format!("oci_spec: {err}")))?;
+        order.layers = self.share.add_layers(&order.layers)?;
+        self.share.add_volumes(id.as_str(), &mut spec)?;
+        order.oci_spec = serde_json::to_vec(&spec)
+            .map_err(|err| Status::internal(format!("oci_spec: {err}")))?
+            .into();
+        let log = Log::open(log_path.clone()).await.map_err(|err| {
+            Status::internal(format!(
+                "open the log {}: {err}",
+                log_path.unwrap_or_default().display()
+            ))
+        })?;
+        let made = client.create_container(order).await?.into_inner();
+        let record = ContainerRecord {
+            version: 1,
+            container_id: id.clone(),
+            phase: ContainerPhase::Created,
+            created_at: records::now(),
+            started_at: 0,
+            exit: None,
+            guest_pid: made.guest_pid,
+            uid: made.uid,
+            gid: made.gid,
+            groups: made.groups,
+        };
+        let state = records::to_api(&record);
+        let container =
+            Container::adopt(self.folder.clone(), record, client, log, close_stdin).await?;
+        let mut containers = self
+            .containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        containers.insert(id.to_string(), Arc::new(container));
+        Ok(state)
+    }
+
+    /// Ends a container wherever it stands; fine when there is nothing of it.
+    async fn unmake(&self, id: &str) -> Result<(), Status> {
+        if self.ended().is_none() {
+            let request = agent::RemoveContainerRequest {
+                container_id: id.to_owned(),
+            };
+            self.boundary
+                .agent()
+                .await?
+                .remove_container(request)
+                .await?;
+        }
+        self.share.remove_volumes(id)?;
+        records::remove_container(&self.folder, id)
+            .map_err(|err| Status::internal(format!("remove the container's record: {err}")))?;
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
+        Ok(())
+    }
+}
+
+/// Follows the agent's events and the boundary's end, for the shim's life.
+pub async fn follow(shim: Arc<Shim>) {
+    let mut state = shim.boundary.state.clone();
+    if let Ok(client) = shim.boundary.agent().await {
+        tokio::select! {
+            () = follow_agent(&shim, client) => {}
+            _ = state.wait_for(|state| matches!(state, Boundary::Ended(_))) => {}
+        }
+    }
+    state
+        .wait_for(|state| matches!(state, Boundary::Ended(_)))
+        .await
+        .ok();
+    for container in shim.all() {
+        if container.record().phase != ContainerPhase::Exited {
+            shim.record_exit(
+                &container,
+                ContainerExit {
+                    exited_at: records::now(),
+                    ..KILLED
+                },
+            )
+            .await;
+        }
+    }
+    shim.exits.send_modify(|count| *count += 1);
+}
+
+async fn follow_agent(
+    shim: &Arc<Shim>,
+    mut client: agent::agent_client::AgentClient<tonic::transport::Channel>,
+) {
+    let mut events = match client.events(agent::EventsRequest {}).await {
+        Ok(events) => events.into_inner(),
+        Err(err) => return tracing::error!(%err, "the agent's events cannot be followed"),
+    };
+    while let Some(Ok(event)) = events.next().await {
+        let Some(agent::event::Kind::ContainerExited(exited)) = event.kind else {
+            continue;
+        };
+        let Ok(container) = shim.container(&exited.container_id) else {
+            continue;
+        };
+        let exit = records::exit_from(&exited.exit.unwrap_or_default());
+        let shim = shim.clone();
+        // One container's last output must not hold up another's end.
+        tokio::spawn(async move { shim.record_exit(&container, exit).await });
+    }
+}
+
+/// Tells one follower of Events what has happened and what happens, to the boundary's end.
+async fn tell(
+    shim: Arc<Shim>,
+    mut changes: watch::Receiver<u64>,
+    events: mpsc::Sender<Result<shim::Event, Status>>,
+) {
+    let mut told = HashSet::new();
+    loop {
+        changes.borrow_and_update();
+        let ended = shim.ended();
+        for container in shim.all() {
+            let record = container.record();
+            if record.phase == ContainerPhase::Exited && told.insert(record.container_id.clone()) {
+                let kind = event::Kind::ContainerExited(records::to_api(&record));
+                if events
+                    .send(Ok(shim::Event { kind: Some(kind) }))
+                    .await
+                    .is_err()
+                {
+                    return;
+                }
+            }
+        }
+        let all_ended = shim
+            .all()
+            .iter()
+            .all(|one| one.record().phase == ContainerPhase::Exited);
+        if let Some(why) = ended
+            && all_ended
+        {
+            let kind = event::Kind::BoundaryEnded(why);
+            // The follower may have gone; this was the last event anyway.
+            events.send(Ok(shim::Event { kind: Some(kind) })).await.ok();
+            return;
+        }
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = events.closed() => return,
+        }
+    }
+}
+
+/// An error and its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// The shim's calls.
+#[derive(Debug)]
+pub struct Service(pub Arc<Shim>);
+
+impl Deref for Service {
+    type Target = Shim;
+
+    fn deref(&self) -> &Shim {
+        &self.0
+    }
+}
+
+#[tonic::async_trait]
+impl shim_server::Shim for Service {
+    async fn configure_sandbox(
+        &self,
+        request: Request<shim::ConfigureSandboxRequest>,
+    ) -> Result<Response<shim::ConfigureSandboxResponse>, Status> {
+        let mut configured = self.configured.lock().await;
+        if let Some(answer) = &*configured {
+            return Ok(Response::new(answer.clone()));
+        }
+        let mut sandbox = request
+            .into_inner()
+            .sandbox
+            .ok_or_else(|| Status::invalid_argument("sandbox is missing"))?;
+        let mut client = self.boundary.agent().await?;
+        let mut entropy = vec![0; 64];
+        let filled = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty());
+        filled.map_err(|err| Status::internal(format!("draw entropy: {err}")))?;
+        sandbox.entropy = entropy.into();
+        sandbox.now_unix_nanos = records::now();
+        let made = client.configure_sandbox(sandbox).await?.into_inner();
+        self.boundary.reached("configured", self.since);
+        self.kernel_release
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone_from(&made.kernel_release);
+        let answer = shim::ConfigureSandboxResponse {
+            kernel_release: made.kernel_release,
+            stages_ms: self.boundary.stages(),
+        };
+        *configured = Some(answer.clone());
+        Ok(Response::new(answer))
+    }
+
+    async fn state(
+        &self,
+        _request: Request<shim::StateRequest>,
+    ) -> Result<Response<shim::StateResponse>, Status> {
+        let (boundary, end_reason) = match &*self.boundary.state.borrow() {
+            Boundary::Starting => (state_response::Boundary::Starting, String::new()),
+            Boundary::Running(_) => (state_response::Boundary::Running, String::new()),
+            Boundary::Ended(why) => (state_response::Boundary::Ended, why.clone()),
+        };
+        let accel = match self.config.vm.accel {
+            Accel::Kvm => "kvm",
+            Accel::Tcg => "tcg",
+        };
+        Ok(Response::new(shim::StateResponse {
+            boundary: boundary.into(),
+            end_reason,
+            containers: self
+                .all()
+                .iter()
+                .map(|one| records::to_api(&one.record()))
+                .collect(),
+            vmm_pid: self.boundary.vmm_pid(),
+            kernel_release: self
+                .kernel_release
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            stages_ms: self.boundary.stages(),
+            accel: accel.to_owned(),
+            console_tail: self.boundary.console_tail(),
+        }))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<shim::CreateContainerRequest>,
+    ) -> Result<Response<shim::CreateContainerResponse>, Status> {
+        let state = self.create(request.into_inner()).await?;
+        Ok(Response::new(shim::CreateContainerResponse {
+            state: Some(state),
+        }))
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<shim::StartContainerRequest>,
+    ) -> Result<Response<shim::StartContainerResponse>, Status> {
+        let id = request.into_inner().container_id;
+        let container = self.container(&id)?;
+        let mut record = container.record();
+        if record.phase == ContainerPhase::Created {
+            let order = agent::StartContainerRequest { container_id: id };
+            let started = self
+                .boundary
+                .agent()
+                .await?
+                .start_container(order)
+                .await?
+                .into_inner();
+            record = container
+                .started(started.started_at)
+                .map_err(|err| Status::internal(format!("save the container's record: {err}")))?;
+        }
+        let state = Some(records::to_api(&record));
+        Ok(Response::new(shim::StartContainerResponse { state }))
+    }
+
+    async fn signal_container(
+        &self,
+        request: Request<shim::SignalContainerRequest>,
+    ) -> Result<Response<shim::SignalContainerResponse>, Status> {
+        let request = request.into_inner();
+        let container = self.container(&request.container_id)?;
+        if container.record().phase != ContainerPhase::Exited {
+            let order = agent::SignalContainerRequest {
+                container_id: request.container_id,
+                signal: request.signal,
+                all: request.all,
+            };
+            self.boundary.agent().await?.signal_container(order).await?;
+        }
+        Ok(Response::new(shim::SignalContainerResponse {}))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<shim::RemoveContainerRequest>,
+    ) -> Result<Response<shim::RemoveContainerResponse>, Status> {
+        self.unmake(&request.into_inner().container_id).await?;
+        Ok(Response::new(shim::RemoveContainerResponse {}))
+    }
+
+    async fn reopen_log(
+        &self,
+        request: Request<shim::ReopenLogRequest>,
+    ) -> Result<Response<shim::ReopenLogResponse>, Status> {
+        let container = self.container(&request.into_inner().container_id)?;
+        container
+            .reopen_log()
+            .await
+            .map_err(|err| Status::failed_precondition(format!("reopen the log: {err}")))?;
+        Ok(Response::new(shim::ReopenLogResponse {}))
+    }
+
+    async fn exec_sync(
+        &self,
+        request: Request<shim::ExecSyncRequest>,
+    ) -> Result<Response<shim::ExecSyncResponse>, Status> {
+        let request = request.into_inner();
+        self.container(&request.container_id)?;
+        let client = self.boundary.agent().await?;
+        Ok(Response::new(exec::run(client, request).await?))
+    }
+
+    type EventsStream = ReceiverStream<Result<shim::Event, Status>>;
+
+    async fn events(
+        &self,
+        _request: Request<shim::EventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        let (events, receiver) = mpsc::channel(16);
+        let mut changes = self.exits.subscribe();
+        changes.mark_changed();
+        tokio::spawn(tell(self.0.clone(), changes, events));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn shutdown(
+        &self,
+        _request: Request<shim::ShutdownRequest>,
+    ) -> Result<Response<shim::ShutdownResponse>, Status> {
+        self.boundary.end().await;
+        self.stop.send_replace(true);
+        Ok(Response::new(shim::ShutdownResponse {}))
+    }
+}

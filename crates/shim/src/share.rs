@@ -1,0 +1,108 @@
+//! What a pod's guest may see of the host: image layers and its containers' volumes.
+
+use a3s_box_volume::Share;
+use oci_spec::runtime::{Mount, Spec};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+use tonic::Status;
+
+/// Where the guest has the share.
+const IN_GUEST: &str = "/share";
+
+/// The share and what is in it already.
+#[derive(Debug)]
+pub struct PodShare {
+    share: Share,
+    images: Mutex<HashSet<String>>,
+}
+
+impl PodShare {
+    /// Around an empty share.
+    pub fn new(share: Share) -> Self {
+        Self {
+            share,
+            images: Mutex::default(),
+        }
+    }
+
+    /// Shows the blobs, each once for all containers, and returns their names in the share.
+    pub fn add_layers(&self, blobs: &[String]) -> Result<Vec<String>, Status> {
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = Vec::with_capacity(blobs.len());
+        for blob in blobs {
+            let blob = Path::new(blob);
+            let file = blob
+                .file_name()
+                .and_then(|name| name.to_str())
+                .ok_or_else(|| {
+                    Status::invalid_argument(format!("layer {} has no file name", blob.display()))
+                })?;
+            let name = format!("images/{file}");
+            if !images.contains(&name) {
+                self.share
+                    .add(&name, blob, true)
+                    .map_err(|err| failed("share the layer", blob, &err))?;
+                images.insert(name.clone());
+            }
+            names.push(name);
+        }
+        Ok(names)
+    }
+
+    /// Shows the source of every bind mount of `spec` and makes the guest's path its source.
+    pub fn add_volumes(&self, container: &str, spec: &mut Spec) -> Result<(), Status> {
+        let Some(mounts) = spec.mounts_mut() else {
+            return Ok(());
+        };
+        for (number, mount) in mounts.iter_mut().enumerate() {
+            if !is_bind(mount) {
+                continue;
+            }
+            let source = mount.source().clone().unwrap_or_default();
+            let resolved = source.canonicalize().map_err(|err| {
+                let to = mount.destination().display();
+                Status::invalid_argument(format!("mount {} to {to}: {err}", source.display()))
+            })?;
+            let name = format!("volumes/{container}/{number}");
+            let read_only = has_option(mount, "ro");
+            self.share
+                .add(&name, &resolved, read_only)
+                .map_err(|err| failed("share the mount", &source, &err))?;
+            mount.set_source(Some(PathBuf::from(format!("{IN_GUEST}/{name}"))));
+        }
+        Ok(())
+    }
+
+    /// Takes a container's volumes away again; fine when it has none.
+    pub fn remove_volumes(&self, container: &str) -> Result<(), Status> {
+        let name = format!("volumes/{container}");
+        self.share
+            .remove(&name)
+            .map_err(|err| failed("take away", Path::new(&name), &err))
+    }
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || has_option(mount, "bind")
+        || has_option(mount, "rbind")
+}
+
+fn has_option(mount: &Mount, wanted: &str) -> bool {
+    mount
+        .options()
+        .iter()
+        .flatten()
+        .any(|option| option == wanted)
+}
+
+fn failed(step: &str, what: &Path, err: &a3s_box_volume::Error) -> Status {
+    Status::internal(format!(
+        "{step} {}: {}",
+        what.display(),
+        crate::service::chain(err)
+    ))
+}
