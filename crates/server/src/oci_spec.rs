@@ -257,7 +257,7 @@ mod tests {
     use super::*;
     use crate::{container::spec::Security, sandbox::tests::spec as sandbox, security::Seccomp};
 
-    fn image(json: serde_json::Value) -> ImageConfiguration {
+    fn image(json: &serde_json::Value) -> ImageConfiguration {
         let whole = serde_json::json!({
             "architecture": "amd64", "os": "linux", "config": json,
             "rootfs": {"type": "layers", "diff_ids": []},
@@ -274,12 +274,12 @@ mod tests {
     }
 
     fn built(container: &ContainerSpec) -> Spec {
-        oci_spec(container, &sandbox("a"), &image(serde_json::json!({}))).unwrap()
+        oci_spec(container, &sandbox("a"), &image(&serde_json::json!({}))).unwrap()
     }
 
     #[test]
     fn command_and_args_follow_the_rules_of_kubernetes() {
-        let image = image(serde_json::json!({"Entrypoint": ["e"], "Cmd": ["c"]}));
+        let image = image(&serde_json::json!({"Entrypoint": ["e"], "Cmd": ["c"]}));
         for (command, args, expected) in [
             (&[][..], &[][..], &["e", "c"][..]),
             (&["x"], &[], &["x"]),
@@ -299,14 +299,14 @@ mod tests {
 
     #[test]
     fn nothing_to_run_is_refused() {
-        let empty = image(serde_json::json!({}));
+        let empty = image(&serde_json::json!({}));
         let error = oci_spec(&command(&[]), &sandbox("a"), &empty).unwrap_err();
         assert!(error.to_string().starts_with("command"), "{error}");
     }
 
     #[test]
     fn the_last_word_on_a_variable_wins() {
-        let image = image(serde_json::json!({"Env": ["A=1", "PATH=/x", "B=1"]}));
+        let image = image(&serde_json::json!({"Env": ["A=1", "PATH=/x", "B=1"]}));
         let mut container = command(&["sh"]);
         container.env = vec![("B".into(), "2=3".into()), ("C".into(), String::new())];
         container.tty = true;
@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn working_directory_is_the_containers_then_the_images_then_the_root() {
         for (own, images, expected) in [("/w", "/i", "/w"), ("", "/i", "/i"), ("", "", "/")] {
-            let image = image(serde_json::json!({"WorkingDir": images}));
+            let image = image(&serde_json::json!({"WorkingDir": images}));
             let mut container = command(&["sh"]);
             container.working_dir = own.into();
             let spec = oci_spec(&container, &sandbox("a"), &image).unwrap();

@@ -291,6 +291,8 @@ mod tests {
         security(config).namespace_options.as_mut().unwrap()
     }
 
+    type Case = (&'static str, fn(&mut cri::PodSandboxConfig));
+
     fn error(change: impl FnOnce(&mut cri::PodSandboxConfig)) -> SandboxError {
         let mut config = config();
         change(&mut config);
@@ -300,7 +302,7 @@ mod tests {
     #[test]
     fn what_a_virtual_machine_cannot_share_is_refused_by_name() {
         const NODE: i32 = cri::NamespaceMode::Node as i32;
-        let cases: [(&str, fn(&mut cri::PodSandboxConfig)); 9] = [
+        let cases: [Case; 9] = [
             ("handlers.a3s-box.host_namespaces", |c| namespaces(c).network = NODE),
             ("namespace_options.pid = NODE", |c| namespaces(c).pid = NODE),
             ("namespace_options.ipc = NODE", |c| namespaces(c).ipc = NODE),
@@ -335,7 +337,7 @@ mod tests {
 
     #[test]
     fn values_that_mean_nothing_are_refused_by_name() {
-        let cases: [(&str, fn(&mut cri::PodSandboxConfig)); 13] = [
+        let cases: [Case; 13] = [
             ("metadata", |c| c.metadata = None),
             ("metadata.name", |c| c.metadata.as_mut().unwrap().name.clear()),
             ("metadata.uid", |c| c.metadata.as_mut().unwrap().uid.clear()),

@@ -70,7 +70,7 @@ pub fn to_cri(signal: u32) -> Signal {
     let name = match signal {
         RTMIN => "SIGNAL_SIGRTMIN".to_owned(),
         RTMAX => "SIGNAL_SIGRTMAX".to_owned(),
-        RTMIN..=49 => format!("SIGNAL_SIGRTMINPLUS{}", signal - RTMIN),
+        35..=49 => format!("SIGNAL_SIGRTMINPLUS{}", signal - RTMIN),
         50..RTMAX => format!("SIGNAL_SIGRTMAXMINUS{}", RTMAX - signal),
         plain => match NAMES.iter().find(|(_, number)| *number == plain) {
             Some((name, _)) => format!("SIGNAL_SIG{name}"),

@@ -141,13 +141,13 @@ mod tests {
     }
 
     fn sized(
-        resources: Option<LinuxContainerResources>,
-        overhead: Option<LinuxContainerResources>,
+        resources: Option<&LinuxContainerResources>,
+        overhead: Option<&LinuxContainerResources>,
         annotations: &[(&str, &str)],
     ) -> Result<(u32, u32), String> {
         let annotations =
             annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
-        vm_size(resources.as_ref(), overhead.as_ref(), &annotations, &RULES)
+        vm_size(resources, overhead, &annotations, &RULES)
             .map(|size| (size.vcpus, size.memory_mb))
             .map_err(|error| error.to_string())
     }
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn a_pod_without_limits_gets_the_default() {
         assert_eq!(sized(None, None, &[]), Ok((1, 512)));
-        assert_eq!(sized(Some(limits(0, -1)), Some(limits(64, 10_000)), &[]), Ok((1, 512)));
+        assert_eq!(sized(Some(&limits(0, -1)), Some(&limits(64, 10_000)), &[]), Ok((1, 512)));
     }
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
         ];
         for (resources, overhead, expected) in table {
             assert_eq!(
-                sized(Some(resources.clone()), overhead, &[]),
+                sized(Some(&resources), overhead.as_ref(), &[]),
                 Ok(expected),
                 "{resources:?}"
             );
@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn annotations_are_exact_and_bounded() {
         assert_eq!(
-            sized(Some(limits(64, 0)), None, &[(VCPUS, "3"), (MEMORY_MB, "777")]),
+            sized(Some(&limits(64, 0)), None, &[(VCPUS, "3"), (MEMORY_MB, "777")]),
             Ok((3, 777))
         );
         for (key, value) in [
@@ -199,14 +199,14 @@ mod tests {
 
     #[test]
     fn negative_amounts_are_refused_by_name() {
-        let error = sized(Some(limits(-1, 0)), None, &[]).unwrap_err();
+        let error = sized(Some(&limits(-1, 0)), None, &[]).unwrap_err();
         assert!(error.contains("linux.resources.memory_limit_in_bytes"), "{error}");
     }
 
     proptest::proptest! {
         #[test]
         fn every_pod_gets_what_it_asked_for_or_the_maximum(memory: u32, quota in 0i64..10_000_000) {
-            let (vcpus, memory_mb) = sized(Some(limits(i64::from(memory), quota)), None, &[]).unwrap();
+            let (vcpus, memory_mb) = sized(Some(&limits(i64::from(memory), quota)), None, &[]).unwrap();
             proptest::prop_assert!((1..=8).contains(&vcpus) && (128..=16384).contains(&memory_mb));
             proptest::prop_assert!(memory == 0 || memory_mb == 16384 || memory_mb >= memory + 64);
             proptest::prop_assert!(vcpus == 8 || i64::from(vcpus) * 100_000 >= quota);

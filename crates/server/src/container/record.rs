@@ -125,7 +125,7 @@ impl Exit {
     }
 
     fn from_shim(state: &shim::ContainerState, started_at: i64) -> Self {
-        let exit = state.exit.clone().unwrap_or_default();
+        let exit = state.exit.unwrap_or_default();
         let reason = match (exit.oom_killed, exit.code) {
             (true, _) => "OOMKilled",
             (false, 0) => "Completed",

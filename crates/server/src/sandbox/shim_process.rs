@@ -37,7 +37,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    io::AsyncReadExt,
+    io::{AsyncBufReadExt, BufReader},
     net::unix::pipe,
     signal::unix::{SignalKind, signal},
 };
@@ -47,8 +47,8 @@ use tracing::{debug, warn};
 const CGROUP_FILE: &str = "cgroup";
 const LOG_FILE: &str = "shim.log";
 const DISK_FILE: &str = "disk.ext4";
-/// Parent of pods' cgroups when kubelet names none.
-const CGROUP_PARENT: &str = "/a3s-box";
+/// Parent of pods' cgroups when kubelet names none: no folder of ours to be left behind.
+const CGROUP_PARENT: &str = "/";
 
 /// What QEMU and its helpers may use besides the guest's memory before the pod's own limit ends them.
 const HOST_OVERHEAD_MB: u64 = 512;
@@ -236,8 +236,8 @@ impl ShimProcesses {
     async fn wait_ready(&self, id: &SandboxId, ready: pipe::Receiver) -> Result<(), SandboxError> {
         const STEP: &str = "start the pod's shim";
         let mut text = String::new();
-        let mut ready = ready;
-        let read = ready.read_to_string(&mut text);
+        let mut ready = BufReader::new(ready);
+        let read = ready.read_line(&mut text);
         let said = match tokio::time::timeout(self.places.start_timeout, read).await {
             Ok(Ok(_)) => text.trim_end(),
             Ok(Err(error)) => return Err(SandboxError::step(STEP, error)),
@@ -526,5 +526,148 @@ fn gone(result: io::Result<()>, step: &'static str) -> Result<(), SandboxError> 
             Err(SandboxError::step(step, error))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::tests::spec;
+    use std::os::unix::fs::PermissionsExt;
+
+    struct OneTemplate;
+
+    #[tonic::async_trait]
+    impl Templates for OneTemplate {
+        async fn start_order(&self, _: VmSize) -> Result<StartOrder, SandboxError> {
+            let start = Start::Boot { kernel: "/k".into(), initramfs: "/i".into() };
+            Ok(StartOrder { start, accel: Accel::Tcg, ram: None, disk_bytes: 1 << 20 })
+        }
+    }
+
+    /// Shims that are this script, which finds its folder in `$1`.
+    fn shims(folder: &Path, script: &str) -> ShimProcesses {
+        let shim = folder.join("shim");
+        fs::write(&shim, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&shim, fs::Permissions::from_mode(0o755)).unwrap();
+        let places = Places {
+            shim,
+            qemu: "/usr/bin/qemu".into(),
+            state: folder.join("state"),
+            root: folder.join("root"),
+            uid_base: 100_000,
+            uid_count: 1000,
+            start_timeout: Duration::from_secs(10),
+        };
+        ShimProcesses::new(places, Arc::new(OneTemplate)).unwrap()
+    }
+
+    fn tap() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    fn id() -> SandboxId {
+        SandboxId::from_random(rand::random())
+    }
+
+    #[tokio::test]
+    async fn a_shim_is_started_found_ended_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "readlink /proc/self/fd/4; echo ready >&3; sleep 1000 & exec sleep 1000";
+        let shims = shims(folder.path(), script);
+        let id = id();
+        assert!(!shims.is_alive(&id).await.unwrap());
+        shims.start(&id, &spec("a"), tap()).await.unwrap();
+        assert!(shims.is_alive(&id).await.unwrap());
+        assert_eq!(shims.leftovers().await.unwrap(), std::slice::from_ref(&id));
+        let order = fs::read(shims.folder(&id).join(CONFIG_FILE)).unwrap();
+        let order: ShimConfig = serde_json::from_slice(&order).unwrap();
+        assert_eq!((order.sandbox_id, order.disk), (id.clone(), shims.disk(&id)));
+        assert_eq!(fs::read_to_string(shims.folder(&id).join(LOG_FILE)).unwrap(), "/dev/null\n");
+        fs::create_dir_all(shims.disk(&id).parent().unwrap()).unwrap();
+        fs::write(shims.disk(&id), "data").unwrap();
+
+        // The next server knows nothing but the folder.
+        let next = self::shims(folder.path(), "exit 1");
+        assert!(next.is_alive(&id).await.unwrap());
+        let cgroup = next.cgroup(&id).unwrap().unwrap();
+        next.end(&id).await.unwrap();
+        assert!(!next.is_alive(&id).await.unwrap());
+        assert!(cgroup.processes().unwrap().is_empty());
+        assert!(!next.disk(&id).exists());
+        next.end(&id).await.unwrap();
+        next.forget(&id).await.unwrap();
+        next.forget(&id).await.unwrap();
+        assert!(next.leftovers().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn why_a_shim_did_not_start_stands_in_the_error() {
+        let folder = tempfile::tempdir().unwrap();
+        for (script, why) in [
+            ("echo 'error: no such machine' >&3", "no such machine"),
+            ("echo out of luck >&2; exit 1", "out of luck"),
+            ("exit 1", "its log is empty"),
+        ] {
+            let shims = shims(folder.path(), script);
+            let id = id();
+            let error = shims.start(&id, &spec("a"), tap()).await.unwrap_err();
+            assert!(chain(&error).contains(why), "{}", chain(&error));
+            shims.end(&id).await.unwrap();
+            shims.forget(&id).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_start_that_is_given_up_is_found_and_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let shims = shims(folder.path(), "exec sleep 1000");
+        let id = id();
+        let patience = Duration::from_millis(1);
+        let spec = spec("a");
+        let given_up = tokio::time::timeout(patience, shims.start(&id, &spec, tap())).await;
+        assert!(given_up.is_err());
+        shims.end(&id).await.unwrap();
+        assert!(!shims.is_alive(&id).await.unwrap());
+        shims.forget(&id).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_damaged_list_of_processes_is_a_doubt_and_kills_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let shims = shims(folder.path(), "exit 1");
+        let id = id();
+        fs::create_dir_all(shims.folder(&id)).unwrap();
+        fs::write(shims.folder(&id).join(PROCESSES_FILE), "{").unwrap();
+        shims.is_alive(&id).await.unwrap_err();
+        shims.end(&id).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn the_exits_that_a_dead_shim_wrote_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let shims = shims(folder.path(), "exit 1");
+        let id = id();
+        let containers = shims.folder(&id).join(CONTAINERS_DIR);
+        fs::create_dir_all(&containers).unwrap();
+        let record = serde_json::json!({
+            "version": 1, "container_id": "1".repeat(64), "phase": "exited", "created_at": 1,
+            "started_at": 2, "exit": {"code": 3, "signal": 0, "exited_at": 4, "oom_killed": true},
+            "guest_pid": 5, "uid": 6, "gid": 7, "groups": [8],
+        });
+        fs::write(containers.join("x.json"), record.to_string()).unwrap();
+        fs::write(containers.join("y.json"), "damaged").unwrap();
+        let states = shims.last_words(&id).await;
+        assert_eq!(states.len(), 1);
+        let exit = states[0].exit.unwrap();
+        assert_eq!((exit.code, exit.exited_at, exit.oom_killed), (3, 4, true));
+    }
+
+    #[test]
+    fn a_user_id_stays_in_its_range() {
+        for first in ["00000000", "ffffffff", "00000400"] {
+            let id: SandboxId = format!("{first}{}", "0".repeat(56)).parse().unwrap();
+            assert!((5..15).contains(&uid(&id, 5, 10)));
+        }
     }
 }

@@ -23,7 +23,7 @@ pub struct SandboxSpec {
     pub labels: BTreeMap<String, String>,
     /// Echoed, and the place of `a3s.box/...` options.
     pub annotations: BTreeMap<String, String>,
-    /// The pod's cgroup, as kubelet named it; empty: directly under `a3s-box`.
+    /// The pod's cgroup, as kubelet named it; empty: the host's root cgroup.
     pub cgroup_parent: String,
     /// Set in the guest before any container.
     pub sysctls: BTreeMap<String, String>,
