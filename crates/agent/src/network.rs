@@ -337,7 +337,7 @@ fn mac(text: &str, what: &str) -> Result<Vec<u8>, Error> {
         .map(|part| {
             u8::from_str_radix(part, 16)
                 .ok()
-                .filter(|_| part.len() == 2)
+                .filter(|_| part.len() == 2 && !part.starts_with('+'))
         })
         .collect();
     bytes

@@ -85,7 +85,8 @@ fn prepare(
     let oci_json = serde_json::to_vec(&oci)
         .map_err(|error| SandboxError::step("write the OCI spec", error))?;
     let log_path = log_path(sandbox, &spec)?;
-    let image_name = image.tags.first().or_else(|| image.digests.first()).unwrap_or(&spec.image.image);
+    let image_name =
+        image.tags.first().or_else(|| image.digests.first()).unwrap_or(&spec.image.image);
     let record = ContainerRecord {
         id: ContainerId::from_random(rand::random()),
         sandbox_id: sandbox_id.clone(),

@@ -254,6 +254,8 @@ fn device_rule(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::needless_pass_by_value, reason = "literals read better by value")]
+
     use super::*;
     use crate::{container::spec::Security, sandbox::tests::spec as sandbox, security::Seccomp};
 

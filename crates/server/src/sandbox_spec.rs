@@ -250,6 +250,8 @@ fn host_limits(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::type_complexity, reason = "tables of a name and a change")]
+
     use super::*;
     use a3s_box_types::shim::VmSize;
 

@@ -24,6 +24,7 @@ type Answer<T> = Result<Response<T>, Status>;
 type Stream<T> = Empty<Result<T, Status>>;
 
 /// What the span of an RPC names.
+#[allow(dead_code, reason = "sandboxes and images are wired in one by one")]
 enum About<'a> {
     Node,
     Sandbox(&'a str),

@@ -71,7 +71,7 @@ pub fn to_cri(signal: u32) -> Signal {
         RTMIN => "SIGNAL_SIGRTMIN".to_owned(),
         RTMAX => "SIGNAL_SIGRTMAX".to_owned(),
         35..=49 => format!("SIGNAL_SIGRTMINPLUS{}", signal - RTMIN),
-        50..RTMAX => format!("SIGNAL_SIGRTMAXMINUS{}", RTMAX - signal),
+        50..=63 => format!("SIGNAL_SIGRTMAXMINUS{}", RTMAX - signal),
         plain => match NAMES.iter().find(|(_, number)| *number == plain) {
             Some((name, _)) => format!("SIGNAL_SIG{name}"),
             None => return Signal::RuntimeDefault,

@@ -181,7 +181,10 @@ impl Inner {
             }
             let chosen = self.choose().await;
             if self.vm.accel == AccelChoice::Auto && chosen.accel == Accel::Tcg {
-                warn!(why = chosen.why, "guests run translated (TCG), several times slower than on KVM");
+                warn!(
+                    why = chosen.why,
+                    "guests run translated (TCG), several times slower than on KVM"
+                );
             } else {
                 info!(accel = ?chosen.accel, why = chosen.why, "accelerator");
             }
@@ -552,8 +555,11 @@ mod tests {
         let node = Node::new("vm.accel = 'tcg'");
         fs::remove_file(&node.config.vm.kernel).unwrap();
         let error = chain(&node.templates().start_order(SMALL).await.unwrap_err());
-        assert!(error.contains("guest kernel") && error.contains("vmlinuz: No such file"), "{error}");
-        assert_eq!(node.templates().missing().is_some(), true);
+        assert!(
+            error.contains("guest kernel") && error.contains("vmlinuz: No such file"),
+            "{error}"
+        );
+        assert!(node.templates().missing().is_some());
     }
 
     #[tokio::test]

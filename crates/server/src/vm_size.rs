@@ -122,6 +122,8 @@ fn class(need: u64, min: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::needless_pass_by_value, reason = "literals read better by value")]
+
     use super::*;
 
     const RULES: SizeRules = SizeRules {

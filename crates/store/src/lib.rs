@@ -158,7 +158,11 @@ impl Store {
     /// One object with its records, without any when there is no such object. What cannot be read is
     /// set aside on the way.
     pub fn read(&self, object: &str) -> Result<Object, StoreError> {
-        if self.folder(object)?.is_dir() { self.scan_object(object) } else { Ok(Object::default()) }
+        if self.folder(object)?.is_dir() {
+            self.scan_object(object)
+        } else {
+            Ok(Object::default())
+        }
     }
 
     /// Moves a record to the quarantine, where nothing reads it and nothing deletes it.

@@ -11,7 +11,7 @@ impl Beside {
     /// Of the running program.
     pub fn this_program() -> Self {
         let program = std::env::current_exe().unwrap_or_default();
-        Self::folder(program.parent().unwrap_or(Path::new("/usr/bin")))
+        Self::folder(program.parent().unwrap_or_else(|| Path::new("/usr/bin")))
     }
 
     /// Of a program in this folder.
@@ -27,7 +27,7 @@ impl Beside {
     /// A file of the guest: `target/guest` in a build tree, `PREFIX/lib/a3s-box` installed. The
     /// first when there is none, so that the error names a path somebody can fill.
     pub fn guest(&self, file: &str) -> PathBuf {
-        let prefix = self.0.parent().unwrap_or(Path::new("/"));
+        let prefix = self.0.parent().unwrap_or_else(|| Path::new("/"));
         let in_tree = prefix.join("guest").join(file);
         let installed = prefix.join("lib/a3s-box").join(file);
         if !in_tree.exists() && installed.exists() { installed } else { in_tree }

@@ -155,9 +155,14 @@ mod tests {
 
     #[test]
     fn traffic_limits_are_kubernetes_quantities() {
-        for (text, bits) in
-            [("10M", Some(10_000_000)), ("1Ki", Some(1024)), ("5", Some(5)), ("0", None), ("x", None), ("1e3", None)]
-        {
+        for (text, bits) in [
+            ("10M", Some(10_000_000)),
+            ("1Ki", Some(1024)),
+            ("5", Some(5)),
+            ("0", None),
+            ("x", None),
+            ("1e3", None),
+        ] {
             assert_eq!(quantity(text), bits, "{text}");
         }
         let annotations = [(INGRESS.to_owned(), "fast".to_owned())].into();

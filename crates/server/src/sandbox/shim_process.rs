@@ -27,10 +27,7 @@ use std::{
     collections::HashMap,
     fs::{self, DirBuilder, File},
     io::{self, Read, Seek, SeekFrom},
-    os::{
-        fd::OwnedFd,
-        unix::fs::DirBuilderExt,
-    },
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
     process::Child,
     sync::{Arc, Mutex, PoisonError},
@@ -175,7 +172,8 @@ impl ShimProcesses {
 
     /// The processes of the boundary that live.
     fn living(&self, id: &SandboxId) -> Result<Living, SandboxError> {
-        let failed = |error: io::Error| SandboxError::step("look for the boundary's processes", error);
+        let failed =
+            |error: io::Error| SandboxError::step("look for the boundary's processes", error);
         let listed = match fs::read(self.folder(id).join(PROCESSES_FILE)) {
             Ok(bytes) => {
                 let listed: Processes = serde_json::from_slice(&bytes)
@@ -341,8 +339,10 @@ impl Shims for ShimProcesses {
         self.wait_until_gone(id).await?;
         self.remove_cgroup(id).await?;
         let disk = self.disk(id);
-        blocking("remove the pod's disk", move || gone(fs::remove_file(&disk), "remove the pod's disk"))
-            .await
+        blocking("remove the pod's disk", move || {
+            gone(fs::remove_file(&disk), "remove the pod's disk")
+        })
+        .await
     }
 
     async fn forget(&self, id: &SandboxId) -> Result<(), SandboxError> {
