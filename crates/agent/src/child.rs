@@ -218,6 +218,11 @@ fn pause(control: BorrowedFd<'_>) -> Result<std::convert::Infallible, Failure> {
     // Whoever may look through /proc/1/root of the pod finds an empty folder.
     rootfs::enter_empty(Path::new("/proc"))?;
     process::drop_everything()?;
+    // Nothing else would end it if the agent is killed.
+    step(
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)),
+        "parent's death",
+    )?;
     step(
         report(control, &Report::Ready(User::default()), None),
         "report",
