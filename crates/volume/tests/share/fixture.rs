@@ -134,6 +134,10 @@ impl Drop for Pod {
         for path in [&self.guest, &self.dir.path().join("share")] {
             rustix::mount::unmount(path, UnmountFlags::DETACH).ok();
         }
+        // What a test has mounted there itself would keep the folder from being removed.
+        for entry in fs::read_dir(&self.host).into_iter().flatten().flatten() {
+            rustix::mount::unmount(entry.path(), UnmountFlags::DETACH).ok();
+        }
     }
 }
 
