@@ -5,6 +5,7 @@
 //! `main.rs`; everything else is a library so that tests can reach it.
 
 pub mod capabilities;
+pub mod check;
 pub mod config;
 pub mod container;
 pub mod container_create;
@@ -17,8 +18,17 @@ pub mod container_status;
 pub mod container_stop;
 pub mod exec_sync;
 pub mod failpoint;
+pub mod image_fs_info;
+pub mod image_list;
+pub mod image_pull;
+pub mod image_remove;
+pub mod image_status;
+pub mod image_store;
+pub mod images;
 pub mod node;
+pub mod node_status;
 pub mod oci_spec;
+pub mod runtime_config;
 pub mod sandbox;
 pub mod sandbox_list;
 pub mod sandbox_run;
@@ -38,5 +48,7 @@ pub mod vm_size;
 
 #[cfg(test)]
 mod container_flows;
+#[cfg(test)]
+mod image_flows;
 
 pub use serve::Server;

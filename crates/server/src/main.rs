@@ -1,6 +1,7 @@
 //! `a3s-box-cri`: the command line of the CRI server.
 
 use a3s_box_server::{
+    check::{self, Severity},
     config::{self, Config},
     serve, version,
 };
@@ -28,6 +29,9 @@ enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Tells what this host can do for pods and what each lack costs. Exit code 0: nothing lacks,
+    /// 1: pods run with less, 2: no pod runs.
+    Check,
     /// Prints the version.
     Version,
 }
@@ -68,6 +72,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let mut out = std::io::stdout();
     match cli.command {
         None => server(load(cli.config)?).map(|()| ExitCode::SUCCESS),
+        Some(Command::Check) => host(load(cli.config)?),
         Some(Command::Version) => {
             writeln!(out, "a3s-box-cri {}", version::RUNTIME_VERSION)?;
             Ok(ExitCode::SUCCESS)
@@ -92,6 +97,20 @@ fn load(path: Option<PathBuf>) -> Result<Config> {
         None if standard.exists() => Ok(Config::load(&standard)?),
         None => Ok(Config::parse("", &config::beside::Beside::this_program())?),
     }
+}
+
+fn host(config: Config) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let findings = runtime.block_on(check::check(&config))?;
+    let mut out = std::io::stdout();
+    for finding in &findings {
+        writeln!(out, "{finding}")?;
+    }
+    Ok(match check::worst(&findings) {
+        Severity::Fine => ExitCode::SUCCESS,
+        Severity::Less => ExitCode::from(1),
+        Severity::Broken => ExitCode::from(2),
+    })
 }
 
 fn server(config: Config) -> Result<()> {

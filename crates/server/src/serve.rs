@@ -3,10 +3,18 @@
 //! Ending the server ends no pod: shims are processes of their own, and everything known of a
 //! sandbox is on disk or in its shim.
 
-use crate::{config::Config, service::Service};
+use crate::{
+    config::Config,
+    image_store,
+    images::{ForContainers, ImageStore},
+    node::Node,
+    service::Service,
+    templates::GuestTemplates,
+};
 use a3s_box_api::cri::{
     image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer,
 };
+use a3s_box_net::Cni;
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::{
@@ -29,12 +37,33 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub struct Server {
     /// As read at the start.
     pub config: Config,
+    /// Pulled images.
+    pub images: Arc<dyn ImageStore>,
+    /// Pods' networks.
+    pub cni: Arc<Cni>,
+    /// What virtual machines are cloned from.
+    pub templates: GuestTemplates,
+    /// Sandboxes and containers.
+    pub node: Arc<Node>,
 }
 
 impl Server {
-    /// Opens everything; nothing is answered yet.
+    /// Opens everything; nothing is begun and nothing answered yet. Call inside a runtime.
     pub fn open(config: Config) -> Result<Self> {
-        Ok(Self { config })
+        let images = image_store::open(&config).context("open the image store")?;
+        let network = &config.network;
+        let cni = Cni::new(
+            &network.conf_dir,
+            &network.bin_dirs,
+            &config.root.join("cni"),
+            network.plugin_timeout,
+        );
+        let cni = Arc::new(cni.context("open the records of pods' networks")?);
+        let templates = GuestTemplates::new(&config);
+        let for_containers = Box::new(ForContainers(images.clone()));
+        let node = Node::open(&config, cni.clone(), Arc::new(templates.clone()), for_containers)
+            .context("open the records of sandboxes")?;
+        Ok(Self { config, images, cni, templates, node: Arc::new(node) })
     }
 }
 
@@ -46,10 +75,13 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<()>
     let _lock = lock(&config.state)?;
     let socket = config.socket.clone();
     let server = Arc::new(Server::open(config)?);
+    server.node.sandboxes.recover().await.context("take in the sandboxes of a former server")?;
+    let templates = tokio::spawn(server.templates.clone().prepare());
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     info!(socket = %socket.display(), version = crate::version::RUNTIME_VERSION, "serving");
     notify_ready();
     answer(server, listener, stop).await?;
+    templates.abort();
     if let Err(error) = fs::remove_file(&socket) {
         warn!(%error, socket = %socket.display(), "cannot remove the socket");
     }

@@ -4,32 +4,64 @@
 //! that fails. What is not there yet answers Unimplemented with its name.
 
 use crate::{
-    Server,
+    Server, container_create, container_events, container_list, container_log, container_start,
+    container_status, container_stop, exec_sync, image_fs_info, image_list, image_pull,
+    image_remove, image_status, node_status, runtime_config, sandbox_list, sandbox_run,
+    sandbox_status, sandbox_stop,
     status::{Failure, NodeError, status},
     version,
 };
 use a3s_box_api::cri::{
     self, image_service_server::ImageService, runtime_service_server::RuntimeService,
 };
-use std::{future::Future, sync::Arc};
-use tokio_stream::Empty;
+use std::{future::Future, pin::Pin, sync::Arc};
 use tonic::{Code, Request, Response, Status};
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, debug, info, info_span, warn};
 
 /// Both services, answered by one server.
 #[derive(Clone)]
 pub struct Service(pub Arc<Server>);
 
 type Answer<T> = Result<Response<T>, Status>;
-type Stream<T> = Empty<Result<T, Status>>;
+type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
 /// What the span of an RPC names.
-#[allow(dead_code, reason = "sandboxes and images are wired in one by one")]
-enum About<'a> {
+enum About {
     Node,
-    Sandbox(&'a str),
-    Container(&'a str),
-    Image(&'a str),
+    Pod(String),
+    Sandbox(String),
+    Container(String),
+    Image(String),
+}
+
+impl About {
+    fn pod(request: &cri::RunPodSandboxRequest) -> Self {
+        let metadata = request.config.as_ref().and_then(|config| config.metadata.as_ref());
+        let name = metadata.map(|pod| format!("{}/{}", pod.namespace, pod.name));
+        Self::Pod(name.unwrap_or_default())
+    }
+
+    fn sandbox(id: &str) -> Self {
+        Self::Sandbox(id.to_owned())
+    }
+
+    fn container(id: &str) -> Self {
+        Self::Container(id.to_owned())
+    }
+
+    fn image(image: Option<&cri::ImageSpec>) -> Self {
+        Self::Image(image.map(|image| image.image.clone()).unwrap_or_default())
+    }
+
+    fn span(self, rpc: &'static str) -> tracing::Span {
+        match self {
+            Self::Node => info_span!("cri", rpc),
+            Self::Pod(pod) => info_span!("cri", rpc, pod),
+            Self::Sandbox(sandbox) => info_span!("cri", rpc, sandbox),
+            Self::Container(container) => info_span!("cri", rpc, container),
+            Self::Image(image) => info_span!("cri", rpc, image),
+        }
+    }
 }
 
 impl Service {
@@ -37,7 +69,7 @@ impl Service {
     async fn call<Q, A, E, F>(
         &self,
         rpc: &'static str,
-        about: About<'_>,
+        about: About,
         request: Q,
         run: impl FnOnce(Arc<Server>, Q) -> F,
     ) -> Answer<A>
@@ -45,12 +77,7 @@ impl Service {
         F: Future<Output = Result<A, E>>,
         E: Failure,
     {
-        let span = match about {
-            About::Node => info_span!("cri", rpc),
-            About::Sandbox(id) => info_span!("cri", rpc, sandbox = id),
-            About::Container(id) => info_span!("cri", rpc, container = id),
-            About::Image(name) => info_span!("cri", rpc, image = name),
-        };
+        let span = about.span(rpc);
         let answer = run(self.0.clone(), request).instrument(span.clone()).await;
         answer.map(Response::new).map_err(|error| span.in_scope(|| refused(&error)))
     }
@@ -62,6 +89,8 @@ fn refused(error: &impl Failure) -> Status {
     let (code, message) = (answer.code(), answer.message());
     match code {
         Code::Internal | Code::Unknown | Code::DataLoss => warn!(?code, "{message}"),
+        // Kubelet asks after what it has just removed.
+        Code::NotFound => debug!(?code, "{message}"),
         _ => info!(?code, "{message}"),
     }
     answer
@@ -82,42 +111,69 @@ impl RuntimeService for Service {
     type StreamPodSandboxMetricsStream = Stream<cri::StreamPodSandboxMetricsResponse>;
 
     async fn version(&self, request: Request<cri::VersionRequest>) -> Answer<cri::VersionResponse> {
-        self.call("Version", About::Node, request.into_inner(), version::version).await
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("Version", about, request, version::version).await
     }
 
     async fn run_pod_sandbox(
         &self,
-        _: Request<cri::RunPodSandboxRequest>,
+        request: Request<cri::RunPodSandboxRequest>,
     ) -> Answer<cri::RunPodSandboxResponse> {
-        not_there("RunPodSandbox")
+        let request = request.into_inner();
+        let about = About::pod(&request);
+        self.call("RunPodSandbox", about, request, |server, request| {
+            sandbox_run::run_pod_sandbox(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stop_pod_sandbox(
         &self,
-        _: Request<cri::StopPodSandboxRequest>,
+        request: Request<cri::StopPodSandboxRequest>,
     ) -> Answer<cri::StopPodSandboxResponse> {
-        not_there("StopPodSandbox")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("StopPodSandbox", about, request, |server, request| {
+            sandbox_stop::stop_pod_sandbox(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn remove_pod_sandbox(
         &self,
-        _: Request<cri::RemovePodSandboxRequest>,
+        request: Request<cri::RemovePodSandboxRequest>,
     ) -> Answer<cri::RemovePodSandboxResponse> {
-        not_there("RemovePodSandbox")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("RemovePodSandbox", about, request, |server, request| {
+            sandbox_stop::remove_pod_sandbox(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn pod_sandbox_status(
         &self,
-        _: Request<cri::PodSandboxStatusRequest>,
+        request: Request<cri::PodSandboxStatusRequest>,
     ) -> Answer<cri::PodSandboxStatusResponse> {
-        not_there("PodSandboxStatus")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("PodSandboxStatus", about, request, |server, request| {
+            sandbox_status::pod_sandbox_status(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn list_pod_sandbox(
         &self,
-        _: Request<cri::ListPodSandboxRequest>,
+        request: Request<cri::ListPodSandboxRequest>,
     ) -> Answer<cri::ListPodSandboxResponse> {
-        not_there("ListPodSandbox")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListPodSandbox", about, request, |server, request| {
+            sandbox_list::list_pod_sandbox(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stream_pod_sandboxes(
@@ -129,37 +185,62 @@ impl RuntimeService for Service {
 
     async fn create_container(
         &self,
-        _: Request<cri::CreateContainerRequest>,
+        request: Request<cri::CreateContainerRequest>,
     ) -> Answer<cri::CreateContainerResponse> {
-        not_there("CreateContainer")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("CreateContainer", about, request, |server, request| {
+            container_create::create_container(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn start_container(
         &self,
-        _: Request<cri::StartContainerRequest>,
+        request: Request<cri::StartContainerRequest>,
     ) -> Answer<cri::StartContainerResponse> {
-        not_there("StartContainer")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("StartContainer", about, request, |server, request| {
+            container_start::start_container(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stop_container(
         &self,
-        _: Request<cri::StopContainerRequest>,
+        request: Request<cri::StopContainerRequest>,
     ) -> Answer<cri::StopContainerResponse> {
-        not_there("StopContainer")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("StopContainer", about, request, |server, request| {
+            container_stop::stop_container(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn remove_container(
         &self,
-        _: Request<cri::RemoveContainerRequest>,
+        request: Request<cri::RemoveContainerRequest>,
     ) -> Answer<cri::RemoveContainerResponse> {
-        not_there("RemoveContainer")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("RemoveContainer", about, request, |server, request| {
+            container_start::remove_container(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn list_containers(
         &self,
-        _: Request<cri::ListContainersRequest>,
+        request: Request<cri::ListContainersRequest>,
     ) -> Answer<cri::ListContainersResponse> {
-        not_there("ListContainers")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListContainers", about, request, |server, request| {
+            container_list::list_containers(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stream_containers(
@@ -171,9 +252,14 @@ impl RuntimeService for Service {
 
     async fn container_status(
         &self,
-        _: Request<cri::ContainerStatusRequest>,
+        request: Request<cri::ContainerStatusRequest>,
     ) -> Answer<cri::ContainerStatusResponse> {
-        not_there("ContainerStatus")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("ContainerStatus", about, request, |server, request| {
+            container_status::container_status(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn update_container_resources(
@@ -185,13 +271,26 @@ impl RuntimeService for Service {
 
     async fn reopen_container_log(
         &self,
-        _: Request<cri::ReopenContainerLogRequest>,
+        request: Request<cri::ReopenContainerLogRequest>,
     ) -> Answer<cri::ReopenContainerLogResponse> {
-        not_there("ReopenContainerLog")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("ReopenContainerLog", about, request, |server, request| {
+            container_log::reopen_container_log(server.node.clone(), request)
+        })
+        .await
     }
 
-    async fn exec_sync(&self, _: Request<cri::ExecSyncRequest>) -> Answer<cri::ExecSyncResponse> {
-        not_there("ExecSync")
+    async fn exec_sync(
+        &self,
+        request: Request<cri::ExecSyncRequest>,
+    ) -> Answer<cri::ExecSyncResponse> {
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("ExecSync", about, request, |server, request| {
+            exec_sync::exec_sync(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
@@ -253,13 +352,18 @@ impl RuntimeService for Service {
 
     async fn update_runtime_config(
         &self,
-        _: Request<cri::UpdateRuntimeConfigRequest>,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
     ) -> Answer<cri::UpdateRuntimeConfigResponse> {
-        not_there("UpdateRuntimeConfig")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("UpdateRuntimeConfig", about, request, runtime_config::update_runtime_config)
+            .await
     }
 
-    async fn status(&self, _: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
-        not_there("Status")
+    async fn status(&self, request: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("Status", about, request, node_status::status).await
     }
 
     async fn checkpoint_container(
@@ -287,7 +391,8 @@ impl RuntimeService for Service {
         &self,
         _: Request<cri::GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        not_there("GetContainerEvents")
+        let events = container_events::get_container_events(&self.0.node);
+        Ok(Response::new(Box::pin(events)))
     }
 
     async fn list_metric_descriptors(
@@ -313,9 +418,11 @@ impl RuntimeService for Service {
 
     async fn runtime_config(
         &self,
-        _: Request<cri::RuntimeConfigRequest>,
+        request: Request<cri::RuntimeConfigRequest>,
     ) -> Answer<cri::RuntimeConfigResponse> {
-        not_there("RuntimeConfig")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("RuntimeConfig", about, request, runtime_config::runtime_config).await
     }
 
     async fn update_pod_sandbox_resources(
@@ -332,9 +439,11 @@ impl ImageService for Service {
 
     async fn list_images(
         &self,
-        _: Request<cri::ListImagesRequest>,
+        request: Request<cri::ListImagesRequest>,
     ) -> Answer<cri::ListImagesResponse> {
-        not_there("ListImages")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListImages", about, request, image_list::list_images).await
     }
 
     async fn stream_images(
@@ -346,29 +455,37 @@ impl ImageService for Service {
 
     async fn image_status(
         &self,
-        _: Request<cri::ImageStatusRequest>,
+        request: Request<cri::ImageStatusRequest>,
     ) -> Answer<cri::ImageStatusResponse> {
-        not_there("ImageStatus")
+        let request = request.into_inner();
+        let about = About::image(request.image.as_ref());
+        self.call("ImageStatus", about, request, image_status::image_status).await
     }
 
     async fn pull_image(
         &self,
-        _: Request<cri::PullImageRequest>,
+        request: Request<cri::PullImageRequest>,
     ) -> Answer<cri::PullImageResponse> {
-        not_there("PullImage")
+        let request = request.into_inner();
+        let about = About::image(request.image.as_ref());
+        self.call("PullImage", about, request, image_pull::pull_image).await
     }
 
     async fn remove_image(
         &self,
-        _: Request<cri::RemoveImageRequest>,
+        request: Request<cri::RemoveImageRequest>,
     ) -> Answer<cri::RemoveImageResponse> {
-        not_there("RemoveImage")
+        let request = request.into_inner();
+        let about = About::image(request.image.as_ref());
+        self.call("RemoveImage", about, request, image_remove::remove_image).await
     }
 
     async fn image_fs_info(
         &self,
-        _: Request<cri::ImageFsInfoRequest>,
+        request: Request<cri::ImageFsInfoRequest>,
     ) -> Answer<cri::ImageFsInfoResponse> {
-        not_there("ImageFsInfo")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ImageFsInfo", about, request, image_fs_info::image_fs_info).await
     }
 }

@@ -121,6 +121,15 @@ impl GuestTemplates {
         }
     }
 
+    /// Starts and freezes a guest of the default size. What executes it, and how long that took.
+    pub async fn try_out(&self) -> (Chosen, Result<Duration, String>) {
+        let chosen = self.0.accel().await;
+        let started = Instant::now();
+        let config = self.0.config(self.0.vm.default_size, chosen.accel);
+        let built = self.0.build(config, self.0.vm.template_timeout).await;
+        (chosen, built.map(|_| started.elapsed()).map_err(|error| chain(&error)))
+    }
+
     /// What executes guests here; `None` while that is being found out.
     pub fn chosen(&self) -> Option<Chosen> {
         self.0.accel.get().cloned()
@@ -234,8 +243,14 @@ impl Inner {
         let started = Instant::now();
         let made = async {
             let folder = self.build(self.config(size, accel), self.vm.template_timeout).await?;
-            let open = move || Template::open(&folder).map_err(io("load the template"));
-            tokio::task::spawn_blocking(open).await.map_err(lost)?
+            let path = folder.clone();
+            let open = move || Template::open(&path).map_err(io("load the template"));
+            let opened = tokio::task::spawn_blocking(open).await.map_err(lost)?;
+            if opened.is_err() {
+                // Damaged: the next try builds it anew.
+                fs::remove_dir_all(&folder).map_err(io("remove a damaged template"))?;
+            }
+            opened
         };
         match made.await {
             Ok(template) => {
