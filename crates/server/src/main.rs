@@ -72,7 +72,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let mut out = std::io::stdout();
     match cli.command {
         None => server(load(cli.config)?).map(|()| ExitCode::SUCCESS),
-        Some(Command::Check) => host(load(cli.config)?),
+        Some(Command::Check) => host(&load(cli.config)?),
         Some(Command::Version) => {
             writeln!(out, "a3s-box-cri {}", version::RUNTIME_VERSION)?;
             Ok(ExitCode::SUCCESS)
@@ -99,9 +99,9 @@ fn load(path: Option<PathBuf>) -> Result<Config> {
     }
 }
 
-fn host(config: Config) -> Result<ExitCode> {
+fn host(config: &Config) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let findings = runtime.block_on(check::check(&config))?;
+    let findings = runtime.block_on(check::check(config))?;
     let mut out = std::io::stdout();
     for finding in &findings {
         writeln!(out, "{finding}")?;
