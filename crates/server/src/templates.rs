@@ -386,9 +386,12 @@ async fn run(shim: &Path, order: &Path, within: Duration) -> Result<(), Template
         };
         tokio::time::timeout(within, listen).await
     };
+    // Its log, and then the one line that is meant for others.
     let said = |words: &[u8]| {
         let from = words.len().saturating_sub(WORDS_MAX);
-        String::from_utf8_lossy(&words[from..]).trim().to_owned()
+        let words = String::from_utf8_lossy(&words[from..]);
+        let error = words.lines().rev().find_map(|line| line.strip_prefix("error: "));
+        error.unwrap_or(words.trim()).to_owned()
     };
     match ended {
         Ok(Ok(status)) if status.success() => Ok(()),
@@ -592,11 +595,13 @@ mod tests {
 
         let broken = Node::new("");
         kvm(&broken);
-        broken.shim(&format!(r#"grep -q kvm "$2" && echo no VMX >&2 && exit 1; {BUILD}"#));
+        let refuse = "echo log >&2; echo error: no VMX >&2; exit 1";
+        broken.shim(&format!(r#"if grep -q '"kvm"' "$2"; then {refuse}; fi; {BUILD}"#));
         let templates = broken.templates();
         let order = templates.start_order(SMALL).await;
         assert!(clones(&order));
         assert_eq!(order.unwrap().accel, Accel::Tcg);
-        assert!(templates.chosen().unwrap().why.contains("no VMX"));
+        let why = templates.chosen().unwrap().why;
+        assert!(why.ends_with("(exit status: 1): no VMX"), "{why}");
     }
 }
