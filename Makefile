@@ -2,7 +2,7 @@
 
 AGENT_TARGET := x86_64-unknown-linux-gnu
 PACKAGES := qemu-system-x86 e2fsprogs erofs-utils libseccomp-dev containernetworking-plugins \
-	docker-registry skopeo iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev
+	docker-registry skopeo iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev busybox-static
 
 .PHONY: all build deps guest test lint fmt
 
@@ -12,7 +12,9 @@ build: guest ## release binaries in target/release, the guest in target/guest
 	cargo build --release --locked -p a3s-box-cri -p a3s-box-shim
 
 guest: deps ## the agent, and kernel and initramfs around it
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(AGENT_TARGET) -p a3s-box-agent
+	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
+	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$$(dirname $$(gcc -print-file-name=libseccomp.a)) \
+		RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(AGENT_TARGET) -p a3s-box-agent
 	install -D target/$(AGENT_TARGET)/release/a3s-box-agent target/release/a3s-box-agent
 	guest/build.sh target/guest target/release/a3s-box-agent
 
