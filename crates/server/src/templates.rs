@@ -391,7 +391,7 @@ async fn run(shim: &Path, order: &Path, within: Duration) -> Result<(), Template
         let from = words.len().saturating_sub(WORDS_MAX);
         let words = String::from_utf8_lossy(&words[from..]);
         let error = words.lines().rev().find_map(|line| line.strip_prefix("error: "));
-        error.unwrap_or(words.trim()).to_owned()
+        error.unwrap_or_else(|| words.trim()).to_owned()
     };
     match ended {
         Ok(Ok(status)) if status.success() => Ok(()),
