@@ -87,18 +87,16 @@ impl Agent {
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The container of that id.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
         match self.table().get(id) {
             Some(Slot::There(container)) => Ok(Arc::clone(container)),
-            Some(Slot::Busy) => Err(Error::NotNow(format!(
-                "container {id} is being created or removed"
-            ))),
+            Some(Slot::Busy) => {
+                Err(Error::NotNow(format!("container {id} is being created or removed")))
+            }
             None => Err(Error::NoContainer(id.to_owned())),
         }
     }
@@ -150,9 +148,7 @@ impl Agent {
     /// Makes the process that holds the pod's PID namespace.
     pub async fn pause(&self) -> Result<OwnedFd, Error> {
         let namespaces = namespace::PID | namespace::MOUNT;
-        let pause = self
-            .spawn(&Plan::Pause, namespaces, Descriptors::default())
-            .await?;
+        let pause = self.spawn(&Plan::Pause, namespaces, Descriptors::default()).await?;
         Ok(pause.pidfd)
     }
 }
@@ -161,8 +157,5 @@ impl Agent {
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(std::io::Error::other)
-        .step("blocking work")?
+    tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other).step("blocking work")?
 }

@@ -30,18 +30,8 @@ pub fn early(config: &Config) -> Result<(), Error> {
             MountFlags::NOSUID | MountFlags::NOEXEC,
             c"mode=620,gid=5,ptmxmode=666",
         ),
-        (
-            "tmpfs",
-            "/run",
-            MountFlags::NOSUID | MountFlags::NODEV,
-            c"mode=755",
-        ),
-        (
-            "tmpfs",
-            "/tmp",
-            MountFlags::NOSUID | MountFlags::NODEV,
-            c"mode=1777",
-        ),
+        ("tmpfs", "/run", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755"),
+        ("tmpfs", "/tmp", MountFlags::NOSUID | MountFlags::NODEV, c"mode=1777"),
         ("cgroup2", "/sys/fs/cgroup", quiet, c""),
     ] {
         fs::create_dir_all(place).step(format_args!("mount {place}"))?;
@@ -69,9 +59,7 @@ pub fn share(config: &Config) -> Result<(), Error> {
     let what = "the share";
     fs::create_dir_all(&config.share).step(what)?;
     let Some(port) = port::open("volumes").step(what)? else {
-        crate::log::error(format_args!(
-            "no port named volumes: nothing is shared with the host"
-        ));
+        crate::log::error(format_args!("no port named volumes: nothing is shared with the host"));
         return Ok(());
     };
     let fuse = a3s_box_volume::mount(&config.share).step(what)?;

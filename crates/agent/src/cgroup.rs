@@ -24,10 +24,8 @@ pub fn delegate(root: &Path) -> Result<(), Error> {
     let controllers = fs::read_to_string(root.join("cgroup.controllers")).step(what())?;
     for controller in controllers.split_whitespace() {
         // One by one: a controller that cannot be enabled is missed by the limit that needs it.
-        if let Err(error) = fs::write(
-            root.join("cgroup.subtree_control"),
-            format!("+{controller}"),
-        ) {
+        if let Err(error) = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"))
+        {
             crate::log::error(format_args!("{}: controller {controller}: {error}", what()));
         }
     }
@@ -68,9 +66,7 @@ impl Cgroup {
 
     /// A descriptor of its folder, to start a process in it.
     pub fn open(&self) -> Result<OwnedFd, Error> {
-        fs::File::open(&self.0)
-            .map(OwnedFd::from)
-            .step(format_args!("cgroup {}", self.0.display()))
+        fs::File::open(&self.0).map(OwnedFd::from).step(format_args!("cgroup {}", self.0.display()))
     }
 
     /// A file of it.
@@ -102,9 +98,7 @@ impl Cgroup {
         fs::read_to_string(self.0.join("memory.events"))
             .ok()
             .and_then(|events| {
-                events
-                    .lines()
-                    .find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
+                events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
             })
             .unwrap_or(0)
     }
@@ -161,8 +155,5 @@ fn subfolders(folder: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Writes a file of the kernel's, which is there or not and is never made.
 fn write(file: &Path, text: &str) -> io::Result<()> {
-    io::Write::write_all(
-        &mut fs::File::options().write(true).open(file)?,
-        text.as_bytes(),
-    )
+    io::Write::write_all(&mut fs::File::options().write(true).open(file)?, text.as_bytes())
 }

@@ -30,19 +30,13 @@ pub fn exit(code: i32) -> ! {
 pub fn step<T>(result: Result<T, impl Into<io::Error>>, what: impl Display) -> Result<T, Failure> {
     result.map_err(|error| {
         let error = error.into();
-        Failure {
-            kind: FailureKind::Internal,
-            message: format!("{what}: {}", text(&error)),
-        }
+        Failure { kind: FailureKind::Internal, message: format!("{what}: {}", text(&error)) }
     })
 }
 
 /// A failure that the request is to blame for.
 pub fn invalid(message: impl Into<String>) -> Failure {
-    Failure {
-        kind: FailureKind::Invalid,
-        message: message.into(),
-    }
+    Failure { kind: FailureKind::Invalid, message: message.into() }
 }
 
 /// An error in the kernel's words, as other runtimes print it: lower case, no number.
@@ -58,9 +52,7 @@ pub fn text(error: &io::Error) -> String {
 
 /// Does what the plan says; ends in exec or exit.
 pub fn run(mut descriptors: Descriptors) -> ! {
-    let Some(control) = descriptors.control.take() else {
-        exit(1)
-    };
+    let Some(control) = descriptors.control.take() else { exit(1) };
     let error = match work(control.as_fd(), descriptors) {
         Ok(never) => match never {},
         Err(error) => error,
@@ -77,10 +69,8 @@ fn work(
 ) -> Result<std::convert::Infallible, Failure> {
     let missing = || io::Error::from(io::ErrorKind::InvalidInput);
     let plan = step(descriptors.plan.take().ok_or_else(missing), "plan")?;
-    let plan: Plan = step(
-        read(plan).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?)),
-        "plan",
-    )?;
+    let plan: Plan =
+        step(read(plan).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?)), "plan")?;
     let seccomp = descriptors.seccomp.take().map(read).transpose();
     let seccomp = step(seccomp, "seccomp filter")?;
     step(rustix::process::setsid(), "setsid")?;
@@ -99,13 +89,7 @@ fn work(
             let target = step(descriptors.target.take().ok_or_else(missing), "container")?;
             join(target.as_fd(), &plan)?;
             let master = process::take_stdio(stdio, &plan.process, &plan.user)?;
-            ready(
-                control,
-                master,
-                &plan.process,
-                &plan.user,
-                seccomp.as_deref(),
-            )
+            ready(control, master, &plan.process, &plan.user, seccomp.as_deref())
         }
     }
 }
@@ -124,16 +108,10 @@ fn container(plan: &ContainerPlan) -> Result<User, Failure> {
     // Only now is the new cgroup this process's, and so the root of the namespace.
     step(clone3::unshare(namespace::CGROUP), "cgroup namespace")?;
     if let Some(name) = &plan.hostname {
-        step(
-            rustix::system::sethostname(name.as_bytes()),
-            format_args!("hostname {name:?}"),
-        )?;
+        step(rustix::system::sethostname(name.as_bytes()), format_args!("hostname {name:?}"))?;
     }
     if let Some(name) = &plan.domainname {
-        step(
-            rustix::system::setdomainname(name.as_bytes()),
-            format_args!("domain name {name:?}"),
-        )?;
+        step(rustix::system::setdomainname(name.as_bytes()), format_args!("domain name {name:?}"))?;
     }
     if plan.loopback {
         step(network::loopback_up(), "loopback")?;
@@ -147,16 +125,10 @@ fn container(plan: &ContainerPlan) -> Result<User, Failure> {
     let user = users::resolve(&plan.user)?;
     let cwd = &plan.process.cwd;
     if !cwd.is_absolute() {
-        return Err(invalid(format!(
-            "working directory {} is not absolute",
-            cwd.display()
-        )));
+        return Err(invalid(format!("working directory {} is not absolute", cwd.display())));
     }
     if !cwd.is_dir() {
-        step(
-            std::fs::create_dir_all(cwd),
-            format_args!("working directory {}", cwd.display()),
-        )?;
+        step(std::fs::create_dir_all(cwd), format_args!("working directory {}", cwd.display()))?;
     }
     if plan.readonly_root {
         rootfs::make_root_readonly()?;
@@ -166,10 +138,7 @@ fn container(plan: &ContainerPlan) -> Result<User, Failure> {
 
 fn join(target: BorrowedFd<'_>, plan: &ExecPlan) -> Result<(), Failure> {
     oom_score(plan.process.oom_score_adj)?;
-    step(
-        clone3::join(target, plan.namespaces),
-        "join the container's namespaces",
-    )?;
+    step(clone3::join(target, plan.namespaces), "join the container's namespaces")?;
     step(rustix::process::chdir("/"), "chdir /")
 }
 
@@ -190,16 +159,11 @@ fn ready(
     seccomp: Option<&[u8]>,
 ) -> Result<std::convert::Infallible, Failure> {
     let message = Report::Ready(user.clone());
-    step(
-        report(control, &message, master.as_ref().map(OwnedFd::as_fd)),
-        "report",
-    )?;
+    step(report(control, &message, master.as_ref().map(OwnedFd::as_fd)), "report")?;
     drop(master);
     let mut word = [0];
-    let (length, _) = step(
-        launcher::receive(control, &mut word, RecvFlags::empty()),
-        "wait for the start",
-    )?;
+    let (length, _) =
+        step(launcher::receive(control, &mut word, RecvFlags::empty()), "wait for the start")?;
     if length == 0 || word != [GO] {
         exit(1);
     }
@@ -223,10 +187,7 @@ fn pause(control: BorrowedFd<'_>) -> Result<std::convert::Infallible, Failure> {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)),
         "parent's death",
     )?;
-    step(
-        report(control, &Report::Ready(User::default()), None),
-        "report",
-    )?;
+    step(report(control, &Report::Ready(User::default()), None), "report")?;
     loop {
         exec::pause();
     }

@@ -90,8 +90,7 @@ pub async fn create(
     request: api::CreateContainerRequest,
 ) -> Result<api::CreateContainerResponse, Error> {
     let id = request.container_id.clone();
-    id.parse::<ContainerId>()
-        .map_err(|error| Error::invalid(error.to_string()))?;
+    id.parse::<ContainerId>().map_err(|error| Error::invalid(error.to_string()))?;
     agent.reserve(&id)?;
     let made = make(agent, request).await;
     let (container, response) = match made {
@@ -116,20 +115,11 @@ async fn make(
         api::PidMode::Pod => {
             let pause = sandbox.as_ref();
             let missing = || Error::NotNow("the sandbox has no shared PID namespace".to_owned());
-            Some(
-                pause
-                    .ok_or_else(missing)?
-                    .try_clone()
-                    .step("PID namespace")?,
-            )
+            Some(pause.ok_or_else(missing)?.try_clone().step("PID namespace")?)
         }
-        api::PidMode::Target => Some(
-            agent
-                .container(&request.pid_target)?
-                .init
-                .try_clone()
-                .step("PID namespace")?,
-        ),
+        api::PidMode::Target => {
+            Some(agent.container(&request.pid_target)?.init.try_clone().step("PID namespace")?)
+        }
     };
     let mut files = Files {
         layers: Vec::new(),
@@ -172,11 +162,7 @@ fn prepare(
     if request.layers.is_empty() {
         return Err(Error::invalid("layers is empty"));
     }
-    let filter = spec
-        .seccomp
-        .as_ref()
-        .map(|profile| agent.filters.get(profile))
-        .transpose()?;
+    let filter = spec.seccomp.as_ref().map(|profile| agent.filters.get(profile)).transpose()?;
     files.cgroup.create()?;
     files.cgroup.limit(&spec.limits, &spec.rules)?;
     let mut layers = Vec::with_capacity(request.layers.len());
@@ -217,20 +203,8 @@ fn prepare(
 }
 
 fn wanted_user(user: api::User) -> WantedUser {
-    let api::User {
-        user,
-        uid,
-        gid,
-        supplemental_groups,
-        strict_groups,
-    } = user;
-    WantedUser {
-        user,
-        uid,
-        gid,
-        supplemental_groups,
-        strict_groups,
-    }
+    let api::User { user, uid, gid, supplemental_groups, strict_groups } = user;
+    WantedUser { user, uid, gid, supplemental_groups, strict_groups }
 }
 
 async fn first_process(
@@ -240,12 +214,7 @@ async fn first_process(
     pid_namespace: Option<OwnedFd>,
     files: &mut Files,
 ) -> Result<(Arc<Container>, api::CreateContainerResponse), Error> {
-    let Prepared {
-        plan,
-        filter,
-        namespaces,
-        cgroup,
-    } = prepared;
+    let Prepared { plan, filter, namespaces, cgroup } = prepared;
     let process = plan.process.clone();
     let (stdio, streams) = if process.terminal {
         (Default::default(), None)
@@ -253,11 +222,7 @@ async fn first_process(
         let (stdio, streams) = streams::pipes(Stdin::Open)?;
         (stdio, Some(streams))
     };
-    let new_pid = if pid_namespace.is_some() {
-        0
-    } else {
-        namespace::PID
-    };
+    let new_pid = if pid_namespace.is_some() { 0 } else { namespace::PID };
     let descriptors = Descriptors {
         stdio,
         seccomp: duplicate(filter.as_ref())?,
@@ -266,9 +231,7 @@ async fn first_process(
         ..Descriptors::default()
     };
     let plan = Plan::Container(Box::new(plan));
-    let init = agent
-        .spawn(&plan, namespaces | new_pid, descriptors)
-        .await?;
+    let init = agent.spawn(&plan, namespaces | new_pid, descriptors).await?;
     let streams = match (streams, init.terminal) {
         (Some(streams), _) => streams,
         (None, Some(master)) => streams::terminal(master)?,
@@ -294,21 +257,14 @@ async fn first_process(
         files: files.clone(),
         execs: AtomicU64::new(0),
     });
-    tokio::spawn(follow(
-        Arc::clone(agent),
-        Arc::clone(&container),
-        init.ended,
-    ));
+    tokio::spawn(follow(Arc::clone(agent), Arc::clone(&container), init.ended));
     tokio::spawn(follow_memory(Arc::clone(agent), Arc::clone(&container)));
     Ok((container, response))
 }
 
 /// A filter's program for one more child.
 pub fn duplicate(filter: Option<&Filter>) -> Result<Option<OwnedFd>, Error> {
-    filter
-        .map(|filter| filter.program.try_clone())
-        .transpose()
-        .step("seccomp filter")
+    filter.map(|filter| filter.program.try_clone()).transpose().step("seccomp filter")
 }
 
 /// Tells init's end, after everything else in the container has ended too.
@@ -324,12 +280,10 @@ async fn follow(agent: Arc<Agent>, container: Arc<Container>, ended: oneshot::Re
         oom_killed: container.cgroup.oom_kills() > 0,
     };
     container.state.send_replace(State::Exited(exit));
-    agent
-        .events
-        .publish(api::event::Kind::ContainerExited(api::ContainerExited {
-            container_id: container.id.clone(),
-            exit: Some(exit),
-        }));
+    agent.events.publish(api::event::Kind::ContainerExited(api::ContainerExited {
+        container_id: container.id.clone(),
+        exit: Some(exit),
+    }));
 }
 
 /// Tells once when a process of the container was killed for want of memory.
@@ -345,9 +299,7 @@ async fn follow_memory(agent: Arc<Agent>, container: Arc<Container>) {
             let container_id = container.id.clone();
             return agent
                 .events
-                .publish(api::event::Kind::ContainerOom(api::ContainerOom {
-                    container_id,
-                }));
+                .publish(api::event::Kind::ContainerOom(api::ContainerOom { container_id }));
         }
         if over {
             return;
@@ -401,9 +353,7 @@ pub async fn start(agent: &Agent, id: &str) -> Result<api::StartContainerRespons
 /// Signals init, or everything in the container.
 pub fn send_signal(agent: &Agent, request: &api::SignalContainerRequest) -> Result<(), Error> {
     let container = agent.container(&request.container_id)?;
-    let signal = i32::try_from(request.signal)
-        .ok()
-        .filter(|number| (1..=64).contains(number));
+    let signal = i32::try_from(request.signal).ok().filter(|number| (1..=64).contains(number));
     let signal = signal.ok_or_else(|| Error::invalid(format!("signal {}", request.signal)))?;
     if !request.all {
         return signal::send(container.init.as_fd(), signal).step("signal");
@@ -481,17 +431,11 @@ impl Container {
 
     /// A cgroup for one more exec.
     pub fn exec_cgroup(&self) -> Cgroup {
-        self.cgroup.child(&format!(
-            "exec-{}",
-            self.execs.fetch_add(1, Ordering::Relaxed)
-        ))
+        self.cgroup.child(&format!("exec-{}", self.execs.fetch_add(1, Ordering::Relaxed)))
     }
 
     /// Init's PID namespace and the rest.
     pub fn target(&self) -> Result<OwnedFd, Error> {
-        self.init
-            .as_fd()
-            .try_clone_to_owned()
-            .step("the container's namespaces")
+        self.init.as_fd().try_clone_to_owned().step("the container's namespaces")
     }
 }

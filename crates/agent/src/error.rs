@@ -51,10 +51,7 @@ pub trait Step<T> {
 
 impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     fn step(self, step: impl Display) -> Result<T, Error> {
-        self.map_err(|error| Error::Io {
-            step: step.to_string(),
-            source: error.into(),
-        })
+        self.map_err(|error| Error::Io { step: step.to_string(), source: error.into() })
     }
 }
 

@@ -16,10 +16,7 @@ pub struct Events {
 
 impl Default for Events {
     fn default() -> Self {
-        Self {
-            all: Mutex::default(),
-            last: watch::Sender::new(0),
-        }
+        Self { all: Mutex::default(), last: watch::Sender::new(0) }
     }
 }
 
@@ -35,14 +32,13 @@ impl Events {
 
     /// Forgets those of a container.
     pub fn forget(&self, container: &str) {
-        self.all
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|_, event| match &event.kind {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, event| {
+            match &event.kind {
                 Some(Kind::ContainerExited(event)) => event.container_id != container,
                 Some(Kind::ContainerOom(event)) => event.container_id != container,
                 None => false,
-            });
+            }
+        });
     }
 
     /// All after number `seen`, and the number to ask with next.
@@ -50,10 +46,7 @@ impl Events {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         let new: Vec<_> = all.range(seen + 1..).collect();
         let last = new.last().map_or(seen, |(number, _)| **number);
-        (
-            new.into_iter().map(|(_, event)| event.clone()).collect(),
-            last,
-        )
+        (new.into_iter().map(|(_, event)| event.clone()).collect(), last)
     }
 
     /// Changes with every event.

@@ -52,10 +52,7 @@ async fn exec(
 ) -> Result<(), Error> {
     let container = agent.container(&start.container_id)?;
     if *container.state().borrow() != State::Running {
-        return Err(Error::NotNow(format!(
-            "container {} is not running",
-            container.id
-        )));
+        return Err(Error::NotNow(format!("container {} is not running", container.id)));
     }
     if start.args.is_empty() {
         return Err(Error::invalid("args is empty"));
@@ -90,11 +87,7 @@ async fn inside(
     answers: &mpsc::Sender<Answer>,
 ) -> Result<Outcome, Error> {
     cgroup.create()?;
-    let stdin = if start.stdin {
-        Stdin::Open
-    } else {
-        Stdin::Empty
-    };
+    let stdin = if start.stdin { Stdin::Open } else { Stdin::Empty };
     let (stdio, streams) = if start.tty {
         (Default::default(), None)
     } else {
@@ -113,14 +106,8 @@ async fn inside(
         cgroup: Some(cgroup.open()?),
         ..Descriptors::default()
     };
-    let plan = ExecPlan {
-        namespaces: container.namespaces,
-        user: container.user.clone(),
-        process,
-    };
-    let spawned = agent
-        .spawn(&Plan::Exec(Box::new(plan)), 0, descriptors)
-        .await?;
+    let plan = ExecPlan { namespaces: container.namespaces, user: container.user.clone(), process };
+    let spawned = agent.spawn(&Plan::Exec(Box::new(plan)), 0, descriptors).await?;
     let streams = match (streams, spawned.terminal) {
         (Some(streams), _) => streams,
         (None, Some(master)) => streams::terminal(master)?,
@@ -129,11 +116,7 @@ async fn inside(
     let kills = container.cgroup.oom_kills();
     spawned.gate.open().await?;
     let pid = spawned.pid.as_raw_nonzero().get() as u32;
-    if answers
-        .send(Ok(answer(exec_output::Kind::Started(pid))))
-        .await
-        .is_err()
-    {
+    if answers.send(Ok(answer(exec_output::Kind::Started(pid)))).await.is_err() {
         return Ok(Outcome::Abandoned);
     }
 
@@ -161,18 +144,8 @@ async fn inside(
     tasks.abort_all();
     while outputs.join_next().await.is_some() {}
     let oom_killed = signal == Signal::KILL.as_raw() as u32 && container.cgroup.oom_kills() > kills;
-    let exit = api::Exit {
-        code,
-        signal,
-        exited_at: at,
-        oom_killed,
-    };
-    if answers
-        .send(Ok(answer(exec_output::Kind::Exit(exit))))
-        .await
-        .is_ok()
-        && cgroup.populated()
-    {
+    let exit = api::Exit { code, signal, exited_at: at, oom_killed };
+    if answers.send(Ok(answer(exec_output::Kind::Exit(exit)))).await.is_ok() && cgroup.populated() {
         for rest in rests {
             tokio::spawn(rest.discard());
         }

@@ -95,12 +95,7 @@ pub fn fork<T>(others: T) -> io::Result<(OwnedFd, T)> {
 
 /// A connected pair of packet sockets, closed on exec.
 pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?)
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
 /// The launcher's life; ends with the agent's.
@@ -131,11 +126,9 @@ fn run(proof: &SingleThreaded, socket: OwnedFd) -> ! {
                 descriptors.cgroup = None;
                 child::run(descriptors)
             }
-            Ok(Cloned::Parent { pid, pidfd }) => send(
-                socket.as_fd(),
-                &(pid as i32).to_ne_bytes(),
-                &[pidfd.as_fd()],
-            ),
+            Ok(Cloned::Parent { pid, pidfd }) => {
+                send(socket.as_fd(), &(pid as i32).to_ne_bytes(), &[pidfd.as_fd()])
+            }
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
                 send(socket.as_fd(), &(-errno).to_ne_bytes(), &[])
@@ -207,12 +200,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
         return Err(io::ErrorKind::InvalidInput.into());
     }
     rustix::io::retry_on_intr(|| {
-        sendmsg(
-            socket,
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )
+        sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
     })?;
     Ok(())
 }

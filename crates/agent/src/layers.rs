@@ -23,23 +23,15 @@ pub struct Layers {
 impl Layers {
     /// None yet.
     pub fn new(config: &Config) -> Self {
-        Self {
-            share: config.share.clone(),
-            folder: config.layers(),
-            mounted: Mutex::default(),
-        }
+        Self { share: config.share.clone(), folder: config.layers(), mounted: Mutex::default() }
     }
 
     /// Mounts a layer, or counts one more user of it. Returns where.
     pub fn acquire(&self, name: &str) -> Result<PathBuf, Error> {
         let plain = !name.is_empty()
-            && Path::new(name)
-                .components()
-                .all(|part| matches!(part, Component::Normal(_)));
+            && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
         if !plain {
-            return Err(Error::invalid(format!(
-                "layer {name:?} is not a path under the share"
-            )));
+            return Err(Error::invalid(format!("layer {name:?} is not a path under the share")));
         }
         let target = self.target(name);
         // Held while mounting, so that nobody uses a layer that is not there yet.
@@ -49,14 +41,8 @@ impl Layers {
             None => {
                 let what = format!("layer {name}");
                 fs::create_dir_all(&target).step(&what)?;
-                mount(
-                    self.share.join(name),
-                    &target,
-                    "erofs",
-                    MountFlags::RDONLY,
-                    None,
-                )
-                .step(&what)?;
+                mount(self.share.join(name), &target, "erofs", MountFlags::RDONLY, None)
+                    .step(&what)?;
                 mounted.insert(name.to_owned(), 1);
             }
         }

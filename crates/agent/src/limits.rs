@@ -35,10 +35,7 @@ pub fn read(resources: Option<&oci::LinuxResources>) -> Result<Limits, Error> {
                 Some(quota) if quota > 0 => quota.to_string(),
                 _ => "max".to_owned(),
             };
-            let period = cpu
-                .period()
-                .filter(|period| *period != 0)
-                .unwrap_or(100_000);
+            let period = cpu.period().filter(|period| *period != 0).unwrap_or(100_000);
             put("cpu.max", format!("{quota} {period}"));
         }
         if let Some(burst) = cpu.burst() {
@@ -54,11 +51,7 @@ pub fn read(resources: Option<&oci::LinuxResources>) -> Result<Limits, Error> {
             put("cpuset.mems", mems.clone());
         }
     }
-    if let Some(limit) = resources
-        .pids()
-        .map(|pids| pids.limit())
-        .filter(|limit| *limit != 0)
-    {
+    if let Some(limit) = resources.pids().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
         put("pids.max", bytes(limit));
     }
     for huge in resources.hugepage_limits().iter().flatten() {
@@ -72,9 +65,7 @@ pub fn read(resources: Option<&oci::LinuxResources>) -> Result<Limits, Error> {
     unified.sort();
     for (file, value) in unified {
         // A file of the cgroup itself; those without a controller's name move and kill processes.
-        let plain = file
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+        let plain = file.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
         if !plain || !file.contains('.') || file.starts_with('.') || file.starts_with("cgroup.") {
             return Err(Error::invalid(format!("linux.resources.unified: {file:?}")));
         }
@@ -84,11 +75,7 @@ pub fn read(resources: Option<&oci::LinuxResources>) -> Result<Limits, Error> {
 }
 
 fn bytes(limit: i64) -> String {
-    if limit < 0 {
-        "max".to_owned()
-    } else {
-        limit.to_string()
-    }
+    if limit < 0 { "max".to_owned() } else { limit.to_string() }
 }
 
 /// The spec counts memory and swap together, the kernel swap alone.
@@ -99,9 +86,7 @@ fn swap(both: i64, memory: Option<i64>) -> Result<String, Error> {
         Some(memory) if memory >= 0 => Err(Error::invalid(
             "linux.resources.memory: the limit with swap is below the limit without",
         )),
-        _ => Err(Error::invalid(
-            "linux.resources.memory: a swap limit needs a memory limit",
-        )),
+        _ => Err(Error::invalid("linux.resources.memory: a swap limit needs a memory limit")),
     }
 }
 
@@ -113,9 +98,7 @@ fn weight(shares: u64) -> u64 {
         262_144.. => 10_000,
         _ => {
             let log = (shares as f64).log2();
-            10f64
-                .powf((log * log + 125.0 * log) / 612.0 - 7.0 / 34.0)
-                .ceil() as u64
+            10f64.powf((log * log + 125.0 * log) / 612.0 - 7.0 / 34.0).ceil() as u64
         }
     }
 }
@@ -151,10 +134,7 @@ mod tests {
             ("hugetlb.2MB.max", "4096"),
             ("memory.oom.group", "1"),
         ];
-        assert_eq!(
-            all,
-            expected.map(|(file, value)| (file.to_owned(), value.to_owned()))
-        );
+        assert_eq!(all, expected.map(|(file, value)| (file.to_owned(), value.to_owned())));
     }
 
     #[test]
@@ -162,37 +142,23 @@ mod tests {
         let all = files(
             json!({ "memory": { "limit": -1, "swap": -1 }, "cpu": { "quota": -1, "shares": 0 }, "pids": { "limit": -1 } }),
         );
-        let values: Vec<_> = all
-            .unwrap()
-            .into_iter()
-            .map(|(file, value)| format!("{file}={value}"))
-            .collect();
+        let values: Vec<_> =
+            all.unwrap().into_iter().map(|(file, value)| format!("{file}={value}")).collect();
         assert_eq!(
             values,
-            [
-                "memory.max=max",
-                "memory.swap.max=max",
-                "cpu.max=max 100000",
-                "pids.max=max"
-            ]
+            ["memory.max=max", "memory.swap.max=max", "cpu.max=max 100000", "pids.max=max"]
         );
     }
 
     #[test]
     fn shares_keep_their_ends_and_their_default() {
-        assert_eq!(
-            [2, 1024, 262_144, 1 << 40].map(weight),
-            [1, 100, 10_000, 10_000]
-        );
+        assert_eq!([2, 1024, 262_144, 1 << 40].map(weight), [1, 100, 10_000, 10_000]);
     }
 
     #[test]
     fn a_file_that_is_no_limit_is_refused() {
         for file in ["cgroup.procs", "../memory.max", "memory", ".x"] {
-            assert!(
-                files(json!({ "unified": { file: "1" } })).is_err(),
-                "{file}"
-            );
+            assert!(files(json!({ "unified": { file: "1" } })).is_err(), "{file}");
         }
     }
 }

@@ -77,10 +77,7 @@ fn main() -> ExitCode {
 
 fn parse(args: Vec<OsString>) -> Option<(i32, Config)> {
     let mut args = args.into_iter();
-    let mut config = Config {
-        boundary: Boundary::Host,
-        ..Config::guest()
-    };
+    let mut config = Config { boundary: Boundary::Host, ..Config::guest() };
     let mut socket = None;
     while let Some(name) = args.next() {
         let value = args.next()?;

@@ -10,9 +10,7 @@ use oci_spec::runtime as oci;
 use std::path::{Path, PathBuf};
 
 /// File systems a spec may ask for; binds are the rest.
-const KINDS: [&str; 7] = [
-    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "ramfs",
-];
+const KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "ramfs"];
 
 /// The mounts in order. A mount of the spec replaces the default at the same place, in its place.
 pub fn read(
@@ -27,10 +25,7 @@ pub fn read(
     let mut all = Vec::new();
     for default in defaults(config, readonly_root) {
         // The last one at a place is on top, and so the one that counts.
-        match asked
-            .iter()
-            .position(|mount| mount.destination == default.destination)
-        {
+        match asked.iter().position(|mount| mount.destination == default.destination) {
             Some(at) if is_base(&default) => all.push(asked.remove(at)),
             Some(_) => {}
             None => all.push(default),
@@ -56,26 +51,14 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
                 .map(|(name, value)| ((*name).into(), value.map(Into::into)))
                 .collect(),
         },
-        changes: vec![SerdeChange {
-            set,
-            ..SerdeChange::default()
-        }],
+        changes: vec![SerdeChange { set, ..SerdeChange::default() }],
     };
     let bind = |destination: &str, source: PathBuf, set: u64| Mount {
         destination: destination.into(),
-        kind: MountKind::Bind {
-            source,
-            recursive: false,
-        },
+        kind: MountKind::Bind { source, recursive: false },
         changes: vec![
-            SerdeChange {
-                set,
-                ..SerdeChange::default()
-            },
-            SerdeChange {
-                propagation: propagation::PRIVATE,
-                ..SerdeChange::default()
-            },
+            SerdeChange { set, ..SerdeChange::default() },
+            SerdeChange { propagation: propagation::PRIVATE, ..SerdeChange::default() },
         ],
     };
     let quiet = flag::NOSUID | flag::NODEV | flag::NOEXEC;
@@ -122,14 +105,10 @@ fn read_one(mount: &oci::Mount) -> Result<Mount, Error> {
     }
     if kind == "bind" || options.bind.is_some() {
         if let Some((name, _)) = options.rest.first() {
-            return Err(Error::Unsupported(format!(
-                "{what}: the option {name:?} of a bind mount"
-            )));
+            return Err(Error::Unsupported(format!("{what}: the option {name:?} of a bind mount")));
         }
-        let source = mount
-            .source()
-            .clone()
-            .ok_or_else(|| Error::invalid(format!("{what}: no source")))?;
+        let source =
+            mount.source().clone().ok_or_else(|| Error::invalid(format!("{what}: no source")))?;
         if !source.is_absolute() {
             return Err(Error::invalid(format!(
                 "{what}: the source {} is not absolute",
@@ -149,9 +128,7 @@ fn read_one(mount: &oci::Mount) -> Result<Mount, Error> {
     // One hierarchy is all there is; the old name is what specs have.
     let kind = if kind == "cgroup" { "cgroup2" } else { kind };
     if !KINDS.contains(&kind) {
-        return Err(Error::Unsupported(format!(
-            "{what}: the file system {kind:?}"
-        )));
+        return Err(Error::Unsupported(format!("{what}: the file system {kind:?}")));
     }
     Ok(Mount {
         destination,
@@ -169,15 +146,9 @@ fn read_one(mount: &oci::Mount) -> Result<Mount, Error> {
 
 /// `/a//b/` is `/a/b`; `..` has no place in a destination.
 fn normal(path: &Path) -> Result<PathBuf, Error> {
-    if !path.is_absolute()
-        || path
-            .components()
-            .any(|part| part == std::path::Component::ParentDir)
+    if !path.is_absolute() || path.components().any(|part| part == std::path::Component::ParentDir)
     {
-        return Err(Error::invalid(format!(
-            "mount {}: not a plain absolute path",
-            path.display()
-        )));
+        return Err(Error::invalid(format!("mount {}: not a plain absolute path", path.display())));
     }
     Ok(path.components().collect())
 }
@@ -229,18 +200,10 @@ impl Options {
                 recursive: true,
                 ..none
             },
-            SerdeChange {
-                set: self.set,
-                clear: self.clear,
-                ..none
-            },
+            SerdeChange { set: self.set, clear: self.clear, ..none },
         ];
         if let Some((propagation, recursive)) = self.propagation {
-            all.push(SerdeChange {
-                propagation,
-                recursive,
-                ..none
-            });
+            all.push(SerdeChange { propagation, recursive, ..none });
         }
         all.retain(|change| change.set != 0 || change.clear != 0 || change.propagation != 0);
         all
@@ -294,24 +257,15 @@ mod tests {
     }
 
     fn at<'a>(mounts: &'a [Mount], destination: &str) -> Vec<&'a Mount> {
-        mounts
-            .iter()
-            .filter(|mount| mount.destination == Path::new(destination))
-            .collect()
+        mounts.iter().filter(|mount| mount.destination == Path::new(destination)).collect()
     }
 
     #[test]
     fn a_spec_without_mounts_still_gives_a_usable_container() {
         let mounts = read_json(json!([])).unwrap();
-        for place in [
-            "/proc",
-            "/dev",
-            "/dev/pts",
-            "/dev/shm",
-            "/sys",
-            "/etc/hosts",
-            "/etc/resolv.conf",
-        ] {
+        for place in
+            ["/proc", "/dev", "/dev/pts", "/dev/shm", "/sys", "/etc/hosts", "/etc/resolv.conf"]
+        {
             assert_eq!(at(&mounts, place).len(), 1, "{place}");
         }
     }
@@ -323,22 +277,13 @@ mod tests {
             { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=700"] },
         ]))
         .unwrap();
-        let [hosts] = at(&mounts, "/etc/hosts")[..] else {
-            panic!("two mounts at one place")
-        };
+        let [hosts] = at(&mounts, "/etc/hosts")[..] else { panic!("two mounts at one place") };
         assert_eq!(
             hosts.kind,
-            MountKind::Bind {
-                source: "/share/volumes/x/0".into(),
-                recursive: true
-            }
+            MountKind::Bind { source: "/share/volumes/x/0".into(), recursive: true }
         );
-        let position = |place| {
-            mounts
-                .iter()
-                .position(|mount| mount.destination == Path::new(place))
-                .unwrap()
-        };
+        let position =
+            |place| mounts.iter().position(|mount| mount.destination == Path::new(place)).unwrap();
         assert!(position("/dev") < position("/dev/pts"));
         assert_eq!(at(&mounts, "/dev").len(), 1);
     }
@@ -352,44 +297,20 @@ mod tests {
             at(&mounts, "/v")[0].changes.clone()
         };
         let none = SerdeChange::default();
-        let private = SerdeChange {
-            propagation: propagation::PRIVATE,
-            recursive: true,
-            ..none
-        };
+        let private = SerdeChange { propagation: propagation::PRIVATE, recursive: true, ..none };
         assert_eq!(
             bind(json!(["rbind", "ro"])),
-            [
-                SerdeChange {
-                    set: flag::RDONLY,
-                    ..none
-                },
-                private
-            ]
+            [SerdeChange { set: flag::RDONLY, ..none }, private]
         );
         assert_eq!(
             bind(json!(["rbind", "rro"])),
-            [
-                SerdeChange {
-                    set: flag::RDONLY,
-                    recursive: true,
-                    ..none
-                },
-                private
-            ]
+            [SerdeChange { set: flag::RDONLY, recursive: true, ..none }, private]
         );
         assert_eq!(
             bind(json!(["rbind", "rslave", "ro", "rw"])),
             [
-                SerdeChange {
-                    clear: flag::RDONLY,
-                    ..none
-                },
-                SerdeChange {
-                    propagation: propagation::SLAVE,
-                    recursive: true,
-                    ..none
-                }
+                SerdeChange { clear: flag::RDONLY, ..none },
+                SerdeChange { propagation: propagation::SLAVE, recursive: true, ..none }
             ]
         );
     }
@@ -400,14 +321,8 @@ mod tests {
             (json!({ "destination": "v", "source": "/s" }), "absolute"),
             (json!({ "destination": "/a/../b", "source": "/s" }), "plain"),
             (json!({ "destination": "/v", "source": "s" }), "source"),
-            (
-                json!({ "destination": "/v", "source": "/s", "options": ["bind", "idmap"] }),
-                "idmap",
-            ),
-            (
-                json!({ "destination": "/v", "type": "nfs", "source": "a:/b" }),
-                "nfs",
-            ),
+            (json!({ "destination": "/v", "source": "/s", "options": ["bind", "idmap"] }), "idmap"),
+            (json!({ "destination": "/v", "type": "nfs", "source": "a:/b" }), "nfs"),
         ] {
             let error = read_json(json!([mount])).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

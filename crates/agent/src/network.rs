@@ -33,10 +33,7 @@ use std::{
 pub fn loopback_up() -> io::Result<()> {
     let mut netlink = Netlink::open()?;
     let links = netlink.links()?;
-    let loopback = links
-        .iter()
-        .find(|link| link.loopback)
-        .ok_or(io::ErrorKind::NotFound)?;
+    let loopback = links.iter().find(|link| link.loopback).ok_or(io::ErrorKind::NotFound)?;
     netlink.set_link(loopback.index, Vec::new(), true)
 }
 
@@ -61,24 +58,17 @@ pub fn configure(network: &api::Network) -> Result<(), Error> {
     for neighbour in &network.neighbours {
         let what = format!("neighbour {}", neighbour.address);
         let index = index(&neighbour.interface, &what)?;
-        let (address, mac) = (
-            address(&neighbour.address, &what)?,
-            mac(&neighbour.mac, &what)?,
-        );
+        let (address, mac) = (address(&neighbour.address, &what)?, mac(&neighbour.mac, &what)?);
         netlink.neighbour(index, address, mac).step(what)?;
     }
     // Gateways must be reachable before a route may name them.
-    let (direct, indirect): (Vec<_>, Vec<_>) = network
-        .routes
-        .iter()
-        .partition(|route| route.gateway.is_empty());
+    let (direct, indirect): (Vec<_>, Vec<_>) =
+        network.routes.iter().partition(|route| route.gateway.is_empty());
     for route in direct.into_iter().chain(indirect) {
         let what = format!("route to {}", route.destination);
         let index = index(&route.interface, &what)?;
         let message = route_message(route, index, &what)?;
-        netlink
-            .change(RouteNetlinkMessage::NewRoute(message))
-            .step(what)?;
+        netlink.change(RouteNetlinkMessage::NewRoute(message)).step(what)?;
     }
     Ok(())
 }
@@ -100,10 +90,7 @@ impl Netlink {
         let socket =
             rustix::net::socket_with(Family::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
         rustix::net::bind(&socket, &netlink::SocketAddrNetlink::new(0, 0))?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-        })
+        Ok(Self { socket, sequence: 0 })
     }
 
     fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
@@ -155,22 +142,16 @@ impl Netlink {
 
     /// In the order of their numbers, which is the order the machine has them.
     fn links(&mut self) -> io::Result<Vec<Link>> {
-        self.send(
-            RouteNetlinkMessage::GetLink(LinkMessage::default()),
-            NLM_F_DUMP,
-        )?;
+        self.send(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
         let mut links = Vec::new();
         for answer in self.answers()? {
             let RouteNetlinkMessage::NewLink(link) = answer else {
                 continue;
             };
-            let name = link
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) => Some(name.clone()),
-                    _ => None,
-                });
+            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            });
             links.push(Link {
                 index: link.header.index,
                 loopback: link.header.flags.contains(LinkFlags::Loopback),
@@ -185,11 +166,7 @@ impl Netlink {
         let mut message = LinkMessage::default();
         message.header.index = index;
         message.header.change_mask = LinkFlags::Up;
-        message.header.flags = if up {
-            LinkFlags::Up
-        } else {
-            LinkFlags::empty()
-        };
+        message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
         message.attributes = attributes;
         self.send(RouteNetlinkMessage::SetLink(message), NLM_F_ACK)?;
         self.answers().map(drop)
@@ -222,10 +199,8 @@ impl Netlink {
         message.header.index = index;
         message.header.prefix_len = prefix;
         message.header.family = family(address);
-        message.attributes = vec![
-            AddressAttribute::Address(address),
-            AddressAttribute::Local(address),
-        ];
+        message.attributes =
+            vec![AddressAttribute::Address(address), AddressAttribute::Local(address)];
         match address {
             IpAddr::V4(address) => {
                 let host_bits = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
@@ -236,9 +211,7 @@ impl Netlink {
             }
             IpAddr::V6(address) => {
                 // The network namespace has tried it out already.
-                message
-                    .attributes
-                    .push(AddressAttribute::Flags(AddressFlags::Nodad));
+                message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
                 if address.is_unicast_link_local() {
                     message.header.scope = AddressScope::Link;
                 }
@@ -256,10 +229,8 @@ impl Netlink {
             IpAddr::V4(address) => NeighbourAddress::Inet(address),
             IpAddr::V6(address) => NeighbourAddress::Inet6(address),
         };
-        message.attributes = vec![
-            NeighbourAttribute::Destination(to),
-            NeighbourAttribute::LinkLayerAddress(mac),
-        ];
+        message.attributes =
+            vec![NeighbourAttribute::Destination(to), NeighbourAttribute::LinkLayerAddress(mac)];
         self.change(RouteNetlinkMessage::NewNeighbour(message))
     }
 }
@@ -285,14 +256,10 @@ fn route_message(route: &api::Route, index: u32, what: &str) -> Result<RouteMess
         attributes.push(RouteAttribute::Destination(destination.into()));
     }
     if !route.gateway.is_empty() {
-        attributes.push(RouteAttribute::Gateway(
-            address(&route.gateway, what)?.into(),
-        ));
+        attributes.push(RouteAttribute::Gateway(address(&route.gateway, what)?.into()));
     }
     if !route.source.is_empty() {
-        attributes.push(RouteAttribute::PrefSource(
-            address(&route.source, what)?.into(),
-        ));
+        attributes.push(RouteAttribute::PrefSource(address(&route.source, what)?.into()));
     }
     if route.mtu != 0 {
         attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
@@ -308,36 +275,24 @@ fn family(address: IpAddr) -> AddressFamily {
 }
 
 fn address(text: &str, what: &str) -> Result<IpAddr, Error> {
-    text.parse()
-        .map_err(|_| Error::invalid(format!("{what}: {text:?} is not an IP address")))
+    text.parse().map_err(|_| Error::invalid(format!("{what}: {text:?} is not an IP address")))
 }
 
 fn cidr(text: &str, what: &str) -> Result<(IpAddr, u8), Error> {
-    let wrong = || {
-        Error::invalid(format!(
-            "{what}: {text:?} is not an address with a prefix length"
-        ))
-    };
+    let wrong =
+        || Error::invalid(format!("{what}: {text:?} is not an address with a prefix length"));
     let (ip, prefix) = text.split_once('/').ok_or_else(wrong)?;
-    let (ip, prefix): (IpAddr, u8) = (
-        ip.parse().map_err(|_| wrong())?,
-        prefix.parse().map_err(|_| wrong())?,
-    );
+    let (ip, prefix): (IpAddr, u8) =
+        (ip.parse().map_err(|_| wrong())?, prefix.parse().map_err(|_| wrong())?);
     let longest = if ip.is_ipv4() { 32 } else { 128 };
-    if prefix > longest {
-        Err(wrong())
-    } else {
-        Ok((ip, prefix))
-    }
+    if prefix > longest { Err(wrong()) } else { Ok((ip, prefix)) }
 }
 
 fn mac(text: &str, what: &str) -> Result<Vec<u8>, Error> {
     let bytes: Option<Vec<u8>> = text
         .split(':')
         .map(|part| {
-            u8::from_str_radix(part, 16)
-                .ok()
-                .filter(|_| part.len() == 2 && !part.starts_with('+'))
+            u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2 && !part.starts_with('+'))
         })
         .collect();
     bytes
@@ -355,16 +310,8 @@ mod tests {
             let error = cidr(bad, "route").unwrap_err().to_string();
             assert!(error.contains(bad), "{error}");
         }
-        assert_eq!(
-            cidr("fd00::1/64", "route").unwrap(),
-            ("fd00::1".parse().unwrap(), 64)
-        );
-        for bad in [
-            "",
-            "aa:bb:cc:dd:ee",
-            "aa:bb:cc:dd:ee:+f",
-            "aa:bb:cc:dd:ee:ff:00",
-        ] {
+        assert_eq!(cidr("fd00::1/64", "route").unwrap(), ("fd00::1".parse().unwrap(), 64));
+        for bad in ["", "aa:bb:cc:dd:ee", "aa:bb:cc:dd:ee:+f", "aa:bb:cc:dd:ee:ff:00"] {
             assert!(mac(bad, "x").is_err(), "{bad}");
         }
     }

@@ -115,18 +115,8 @@ pub struct SerdeChange {
 
 impl From<SerdeChange> for Change {
     fn from(change: SerdeChange) -> Self {
-        let SerdeChange {
-            set,
-            clear,
-            propagation,
-            recursive,
-        } = change;
-        Self {
-            set,
-            clear,
-            propagation,
-            recursive,
-        }
+        let SerdeChange { set, clear, propagation, recursive } = change;
+        Self { set, clear, propagation, recursive }
     }
 }
 

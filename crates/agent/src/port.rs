@@ -34,11 +34,7 @@ pub fn open(name: &str) -> io::Result<Option<File>> {
         let entry = entry?;
         if fs::read_to_string(entry.path().join("name")).is_ok_and(|found| found.trim() == name) {
             let device = PathBuf::from("/dev").join(entry.file_name());
-            return File::options()
-                .read(true)
-                .write(true)
-                .open(device)
-                .map(Some);
+            return File::options().read(true).write(true).open(device).map(Some);
         }
     }
     Ok(None)
@@ -59,10 +55,7 @@ impl Port {
         let edges = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         epoll::add(&edges, &file, epoll::EventData::new_u64(0), flags)?;
-        Ok(Self {
-            file,
-            edges: a3s_box_sys::watch::watch(edges, Interest::READABLE)?,
-        })
+        Ok(Self { file, edges: a3s_box_sys::watch::watch(edges, Interest::READABLE)? })
     }
 
     /// Waits for the host, says hello, and returns once the host has spoken.
@@ -72,9 +65,8 @@ impl Port {
             if !self.say_hello().await? {
                 continue;
             }
-            let state = self
-                .until(|state| state.intersects(PollFlags::IN | PollFlags::HUP))
-                .await?;
+            let state =
+                self.until(|state| state.intersects(PollFlags::IN | PollFlags::HUP)).await?;
             if !state.contains(PollFlags::HUP) {
                 let file = self.file.try_clone()?;
                 let fd = a3s_box_sys::watch::watch(
@@ -117,11 +109,7 @@ impl Port {
             let mut ready = self.edges.readable().await?;
             ready.clear_ready();
             let mut events = [MaybeUninit::uninit(); 4];
-            epoll::wait(
-                self.edges.get_ref(),
-                &mut events,
-                Some(&Timespec::default()),
-            )?;
+            epoll::wait(self.edges.get_ref(), &mut events, Some(&Timespec::default()))?;
         }
     }
 

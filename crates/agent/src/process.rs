@@ -44,10 +44,7 @@ pub fn take_stdio(
         if user.uid != 0
             && rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo
         {
-            step(
-                rustix::fs::fchown(stream, owner, None),
-                "owner of the standard streams",
-            )?;
+            step(rustix::fs::fchown(stream, owner, None), "owner of the standard streams")?;
         }
         step(exec::set_stdio(stream.as_fd(), number), "standard streams")?;
     }
@@ -56,60 +53,32 @@ pub fn take_stdio(
 
 fn terminal(process: &Process, user: &User) -> Result<OwnedFd, Failure> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let master = step(
-        rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty()),
-        "terminal: /dev/pts/ptmx",
-    )?;
+    let master =
+        step(rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty()), "terminal: /dev/pts/ptmx")?;
     step(rustix::pty::unlockpt(&master), "terminal")?;
     let peer = rustix::pty::OpenptFlags::RDWR
         | rustix::pty::OpenptFlags::NOCTTY
         | rustix::pty::OpenptFlags::CLOEXEC;
     let slave = step(rustix::pty::ioctl_tiocgptpeer(&master, peer), "terminal")?;
-    let owner = (
-        rustix::fs::Uid::from_raw(user.uid),
-        rustix::fs::Gid::from_raw(TTY_GROUP),
-    );
-    step(
-        rustix::fs::fchown(&slave, Some(owner.0), Some(owner.1)),
-        "terminal's owner",
-    )?;
-    step(
-        rustix::fs::fchmod(&slave, Mode::from_raw_mode(0o620)),
-        "terminal's mode",
-    )?;
+    let owner = (rustix::fs::Uid::from_raw(user.uid), rustix::fs::Gid::from_raw(TTY_GROUP));
+    step(rustix::fs::fchown(&slave, Some(owner.0), Some(owner.1)), "terminal's owner")?;
+    step(rustix::fs::fchmod(&slave, Mode::from_raw_mode(0o620)), "terminal's mode")?;
     if let Some((width, height)) = process.window {
-        let size = Winsize {
-            ws_row: height,
-            ws_col: width,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        step(
-            rustix::termios::tcsetwinsize(&master, size),
-            "terminal's size",
-        )?;
+        let size = Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+        step(rustix::termios::tcsetwinsize(&master, size), "terminal's size")?;
     }
     for number in 0..3 {
         step(exec::set_stdio(slave.as_fd(), number), "terminal")?;
     }
-    step(
-        rustix::process::ioctl_tiocsctty(&slave),
-        "controlling terminal",
-    )?;
+    step(rustix::process::ioctl_tiocsctty(&slave), "controlling terminal")?;
     Ok(master)
 }
 
 /// Makes the terminal on standard input the container's /dev/console.
 pub fn bind_console() -> Result<(), Failure> {
-    let name = step(
-        rustix::termios::ttyname(rustix::stdio::stdin(), Vec::new()),
-        "console",
-    )?;
+    let name = step(rustix::termios::ttyname(rustix::stdio::stdin(), Vec::new()), "console")?;
     step(fs::File::create("/dev/console"), "/dev/console")?;
-    step(
-        rustix::mount::mount_bind(name.as_c_str(), "/dev/console"),
-        "/dev/console",
-    )
+    step(rustix::mount::mount_bind(name.as_c_str(), "/dev/console"), "/dev/console")
 }
 
 /// Becomes the program; comes back only when that failed.
@@ -121,62 +90,39 @@ pub fn become_program(
     let env = environment(process, user);
     for limit in &process.rlimits {
         let (resource, value) = rlimit(limit)?;
-        step(
-            rustix::process::setrlimit(resource, value),
-            format_args!("limit {}", limit.name),
-        )?;
+        step(rustix::process::setrlimit(resource, value), format_args!("limit {}", limit.name))?;
     }
     step(exec::close_on_exec_from(3), "close_range")?;
     step(exec::reset_signals(), "signals")?;
     match exec::new_session_keyring() {
         // A kernel without keyrings, or a user without quota: nothing is inherited either way.
-        Err(error)
-            if matches!(
-                Errno::from_io_error(&error),
-                Some(Errno::NOSYS | Errno::DQUOT)
-            ) => {}
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::DQUOT)) => {
+        }
         result => step(result, "session keyring")?,
     }
     let cwd = &process.cwd;
     let inside = rustix::process::chdir(cwd);
 
     limit_bounding_set(process.capabilities.bounding)?;
-    step(
-        rustix::thread::set_keep_capabilities(true),
-        "keep capabilities",
-    )?;
+    step(rustix::thread::set_keep_capabilities(true), "keep capabilities")?;
     become_user(user)?;
-    step(
-        rustix::thread::set_keep_capabilities(false),
-        "keep capabilities",
-    )?;
+    step(rustix::thread::set_keep_capabilities(false), "keep capabilities")?;
     // Without no_new_privs only an administrator may install a filter, so the power stays until
     // that is done; between the filter and exec stand two calls.
     let filter_first = filter.is_some() && !process.no_new_privileges;
     set_capabilities(
         process,
-        if filter_first {
-            CapabilitySet::SYS_ADMIN
-        } else {
-            CapabilitySet::empty()
-        },
+        if filter_first { CapabilitySet::SYS_ADMIN } else { CapabilitySet::empty() },
     )?;
     if inside.is_err() {
         // Some folders only their owner may enter, not even root.
         rustix::process::chdir(cwd).map_err(|errno| Failure {
             kind: FailureKind::PermissionDenied,
-            message: format!(
-                "working directory {}: {}",
-                cwd.display(),
-                text(&errno.into())
-            ),
+            message: format!("working directory {}: {}", cwd.display(), text(&errno.into())),
         })?;
     }
     rustix::process::umask(Mode::from_raw_mode(process.umask & 0o777));
-    let command = process
-        .args
-        .first()
-        .ok_or_else(|| invalid("no command given"))?;
+    let command = process.args.first().ok_or_else(|| invalid("no command given"))?;
     let path = look_up(command, &env)?;
     let path_c = c_string(path.as_os_str().as_encoded_bytes().to_vec())?;
     let args = process
@@ -184,10 +130,7 @@ pub fn become_program(
         .iter()
         .map(|a| c_string(a.clone().into_bytes()))
         .collect::<Result<Vec<_>, _>>()?;
-    let env = env
-        .into_iter()
-        .map(|e| c_string(e.into_bytes()))
-        .collect::<Result<Vec<_>, _>>()?;
+    let env = env.into_iter().map(|e| c_string(e.into_bytes())).collect::<Result<Vec<_>, _>>()?;
     let args: Vec<_> = args.iter().map(CString::as_c_str).collect();
     let env: Vec<_> = env.iter().map(CString::as_c_str).collect();
 
@@ -198,10 +141,7 @@ pub fn become_program(
         raise_ambient(process.capabilities.ambient)?;
     }
     if let Some(filter) = filter {
-        step(
-            seccomp::install(filter, process.seccomp_flags),
-            "seccomp filter",
-        )?;
+        step(seccomp::install(filter, process.seccomp_flags), "seccomp filter")?;
     }
     if filter_first {
         set_capabilities(process, CapabilitySet::empty())?;
@@ -215,19 +155,11 @@ pub fn become_program(
 
 /// Leaves every group, user and capability behind.
 pub fn drop_everything() -> Result<(), Failure> {
-    let nobody = User {
-        uid: 65534,
-        gid: 65534,
-        groups: Vec::new(),
-    };
+    let nobody = User { uid: 65534, gid: 65534, groups: Vec::new() };
     limit_bounding_set(0)?;
     become_user(&nobody)?;
     let none = CapabilitySet::empty();
-    let sets = CapabilitySets {
-        effective: none,
-        permitted: none,
-        inheritable: none,
-    };
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
     step(rustix::thread::set_capabilities(None, sets), "capabilities")?;
     step(rustix::thread::set_no_new_privs(true), "no_new_privs")
 }
@@ -241,27 +173,11 @@ fn environment(process: &Process, user: &User) -> Vec<String> {
 }
 
 fn become_user(user: &User) -> Result<(), Failure> {
-    let groups: Vec<_> = user
-        .groups
-        .iter()
-        .map(|gid| rustix::fs::Gid::from_raw(*gid))
-        .collect();
-    let (uid, gid) = (
-        rustix::fs::Uid::from_raw(user.uid),
-        rustix::fs::Gid::from_raw(user.gid),
-    );
-    step(
-        rustix::thread::set_thread_groups(&groups),
-        format_args!("groups {:?}", user.groups),
-    )?;
-    step(
-        rustix::thread::set_thread_res_gid(gid, gid, gid),
-        format_args!("gid {}", user.gid),
-    )?;
-    step(
-        rustix::thread::set_thread_res_uid(uid, uid, uid),
-        format_args!("uid {}", user.uid),
-    )
+    let groups: Vec<_> = user.groups.iter().map(|gid| rustix::fs::Gid::from_raw(*gid)).collect();
+    let (uid, gid) = (rustix::fs::Uid::from_raw(user.uid), rustix::fs::Gid::from_raw(user.gid));
+    step(rustix::thread::set_thread_groups(&groups), format_args!("groups {:?}", user.groups))?;
+    step(rustix::thread::set_thread_res_gid(gid, gid, gid), format_args!("gid {}", user.gid))?;
+    step(rustix::thread::set_thread_res_uid(uid, uid, uid), format_args!("uid {}", user.uid))
 }
 
 fn limit_bounding_set(keep: u64) -> Result<(), Failure> {
@@ -326,13 +242,7 @@ fn rlimit(limit: &crate::plan::Rlimit) -> Result<(Resource, Rlimit), Failure> {
         name => return Err(invalid(format!("limit {name} is not known"))),
     };
     let bound = |value: u64| (value != u64::MAX).then_some(value);
-    Ok((
-        resource,
-        Rlimit {
-            current: bound(limit.soft),
-            maximum: bound(limit.hard),
-        },
-    ))
+    Ok((resource, Rlimit { current: bound(limit.soft), maximum: bound(limit.hard) }))
 }
 
 fn c_string(bytes: Vec<u8>) -> Result<CString, Failure> {
@@ -342,22 +252,20 @@ fn c_string(bytes: Vec<u8>) -> Result<CString, Failure> {
 /// The file to execute, in the words other runtimes use when there is none.
 fn look_up(command: &str, env: &[String]) -> Result<PathBuf, Failure> {
     if command.contains('/') {
-        return executable(Path::new(command))
-            .map(|()| PathBuf::from(command))
-            .map_err(|errno| {
-                let path = Path::new(command);
-                match errno {
-                    Errno::NOENT | Errno::NOTDIR => Failure {
-                        kind: FailureKind::NotFound,
-                        message: format!(
-                            "exec: {command:?}: stat {}: {}",
-                            path.display(),
-                            text(&errno.into())
-                        ),
-                    },
-                    _ => denied(format!("exec: {command:?}: {}", text(&errno.into()))),
-                }
-            });
+        return executable(Path::new(command)).map(|()| PathBuf::from(command)).map_err(|errno| {
+            let path = Path::new(command);
+            match errno {
+                Errno::NOENT | Errno::NOTDIR => Failure {
+                    kind: FailureKind::NotFound,
+                    message: format!(
+                        "exec: {command:?}: stat {}: {}",
+                        path.display(),
+                        text(&errno.into())
+                    ),
+                },
+                _ => denied(format!("exec: {command:?}: {}", text(&errno.into()))),
+            }
+        });
     }
     let not_found = || Failure {
         kind: FailureKind::NotFound,
@@ -387,10 +295,7 @@ fn look_up(command: &str, env: &[String]) -> Result<PathBuf, Failure> {
 }
 
 fn denied(message: String) -> Failure {
-    Failure {
-        kind: FailureKind::PermissionDenied,
-        message,
-    }
+    Failure { kind: FailureKind::PermissionDenied, message }
 }
 
 fn executable(path: &Path) -> Result<(), Errno> {
@@ -410,8 +315,5 @@ fn exec_failure(path: &Path, error: &io::Error) -> Failure {
         io::ErrorKind::PermissionDenied => FailureKind::PermissionDenied,
         _ => FailureKind::Invalid,
     };
-    Failure {
-        kind,
-        message: format!("exec {}: {}", path.display(), text(error)),
-    }
+    Failure { kind, message: format!("exec {}: {}", path.display(), text(error)) }
 }

@@ -88,11 +88,7 @@ impl Reaper {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let signal = status.terminating_signal().unwrap_or(0);
             let code = status.exit_status().unwrap_or(128 + signal);
-            let ended = Ended {
-                code,
-                signal: signal as u32,
-                at: now(),
-            };
+            let ended = Ended { code, signal: signal as u32, at: now() };
             let mut table = self.table();
             match table.waiting.remove(&pid) {
                 // Nobody may care any more.
@@ -106,8 +102,6 @@ impl Reaper {
 
 /// Unix nanoseconds.
 pub fn now() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }

@@ -36,10 +36,7 @@ pub fn enter(plan: &ContainerPlan) -> Result<(), Failure> {
     let root = overlay(plan)?;
     // After the trees were taken, so that a shared volume is still its source's peer.
     step(
-        mount_change(
-            "/",
-            MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-        ),
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC),
         "cut the mount namespace off",
     )?;
     attach(&root, &plan.staging, "rootfs")?;
@@ -59,10 +56,7 @@ pub fn enter(plan: &ContainerPlan) -> Result<(), Failure> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     if plan.root_propagation != propagation::PRIVATE {
         let root = step(open_tree(CWD, "/", OpenTreeFlags::OPEN_TREE_CLOEXEC), "/")?;
-        let wish = Change {
-            propagation: plan.root_propagation,
-            ..Change::default()
-        };
+        let wish = Change { propagation: plan.root_propagation, ..Change::default() };
         step(mount_attr::change(root.as_fd(), wish), "propagation of /")?;
     }
     Ok(())
@@ -78,11 +72,7 @@ pub fn protect(plan: &ContainerPlan) -> Result<(), Failure> {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
             tree => step(tree, format_args!("read-only path {}", path.display()))?,
         };
-        let wish = Change {
-            set: flag::RDONLY,
-            recursive: true,
-            ..Change::default()
-        };
+        let wish = Change { set: flag::RDONLY, recursive: true, ..Change::default() };
         step(
             mount_attr::change(tree.as_fd(), wish),
             format_args!("read-only path {}", path.display()),
@@ -103,16 +93,7 @@ pub fn protect(plan: &ContainerPlan) -> Result<(), Failure> {
                     | MountFlags::NOSUID
                     | MountFlags::NODEV
                     | MountFlags::NOEXEC;
-                step(
-                    mount(
-                        "tmpfs",
-                        path,
-                        "tmpfs",
-                        flags,
-                        Some(c"nr_blocks=1,nr_inodes=1"),
-                    ),
-                    what,
-                )?;
+                step(mount("tmpfs", path, "tmpfs", flags, Some(c"nr_blocks=1,nr_inodes=1")), what)?;
             }
             Ok(_) => attach(&null_device()?, path, "masked path")?,
         }
@@ -123,10 +104,7 @@ pub fn protect(plan: &ContainerPlan) -> Result<(), Failure> {
 /// Makes the root mount itself read-only, not what is mounted below it.
 pub fn make_root_readonly() -> Result<(), Failure> {
     let root = step(open_tree(CWD, "/", OpenTreeFlags::OPEN_TREE_CLOEXEC), "/")?;
-    let wish = Change {
-        set: flag::RDONLY,
-        ..Change::default()
-    };
+    let wish = Change { set: flag::RDONLY, ..Change::default() };
     step(mount_attr::change(root.as_fd(), wish), "read-only root")
 }
 
@@ -135,10 +113,7 @@ pub fn enter_empty(staging: &Path) -> Result<(), Failure> {
     let none: &[(String, Option<String>)] = &[];
     let root = step(new_file_system("tmpfs", "empty", none), "empty root")?;
     step(
-        mount_change(
-            "/",
-            MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-        ),
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC),
         "cut the mount namespace off",
     )?;
     attach(&root, staging, "empty root")?;
@@ -165,25 +140,14 @@ fn detached(wanted: &Mount) -> Result<OwnedFd, Failure> {
             if *recursive {
                 flags |= OpenTreeFlags::AT_RECURSIVE;
             }
-            step(
-                open_tree(CWD, source, flags),
-                format_args!("{what} from {}", source.display()),
-            )?
+            step(open_tree(CWD, source, flags), format_args!("{what} from {}", source.display()))?
         }
-        MountKind::New {
-            kind,
-            source,
-            options,
-        } => step(
-            new_file_system(kind, source, options),
-            format_args!("{what} of type {kind}"),
-        )?,
+        MountKind::New { kind, source, options } => {
+            step(new_file_system(kind, source, options), format_args!("{what} of type {kind}"))?
+        }
     };
     for change in &wanted.changes {
-        step(
-            mount_attr::change(tree.as_fd(), (*change).into()),
-            format_args!("{what}: flags"),
-        )?;
+        step(mount_attr::change(tree.as_fd(), (*change).into()), format_args!("{what}: flags"))?;
     }
     Ok(tree)
 }
@@ -203,11 +167,7 @@ fn new_file_system(
             }
         }
         fsconfig_create(&context)?;
-        fsmount(
-            &context,
-            FsMountFlags::FSMOUNT_CLOEXEC,
-            MountAttrFlags::empty(),
-        )
+        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
     };
     configure().map_err(|errno| explained(errno, &context))
 }
@@ -224,10 +184,7 @@ fn explained(errno: Errno, context: &OwnedFd) -> io::Error {
     if lines.is_empty() {
         error
     } else {
-        io::Error::new(
-            error.kind(),
-            format!("{}{lines}", crate::child::text(&error)),
-        )
+        io::Error::new(error.kind(), format!("{}{lines}", crate::child::text(&error)))
     }
 }
 
@@ -281,10 +238,7 @@ fn mountpoint(destination: &Path, tree: &OwnedFd) -> Result<PathBuf, Failure> {
 /// Follows every link of an absolute path, also those that lead to what does not exist yet.
 fn resolve(path: &Path) -> io::Result<PathBuf> {
     let split = |path: &Path| -> Vec<OsString> {
-        path.components()
-            .rev()
-            .map(|part| part.as_os_str().to_owned())
-            .collect()
+        path.components().rev().map(|part| part.as_os_str().to_owned()).collect()
     };
     let mut rest = split(path);
     let mut done = PathBuf::from("/");
@@ -365,10 +319,7 @@ fn make_device(device: &Device) -> Result<(), Failure> {
     }
     let (kind, number) = match device.kind {
         DeviceKind::Block => (FileType::BlockDevice, makedev(device.major, device.minor)),
-        DeviceKind::Char => (
-            FileType::CharacterDevice,
-            makedev(device.major, device.minor),
-        ),
+        DeviceKind::Char => (FileType::CharacterDevice, makedev(device.major, device.minor)),
         DeviceKind::Fifo => (FileType::Fifo, 0),
     };
     match rustix::fs::mknodat(CWD, &target, kind, Mode::from_raw_mode(device.mode), number) {
@@ -376,19 +327,10 @@ fn make_device(device: &Device) -> Result<(), Failure> {
         Err(Errno::EXIST) => return Ok(()),
         result => step(result, &what)?,
     }
-    let (uid, gid) = (
-        rustix::fs::Uid::from_raw(device.uid),
-        rustix::fs::Gid::from_raw(device.gid),
-    );
+    let (uid, gid) = (rustix::fs::Uid::from_raw(device.uid), rustix::fs::Gid::from_raw(device.gid));
     if device.uid != 0 || device.gid != 0 {
         step(
-            rustix::fs::chownat(
-                CWD,
-                &target,
-                Some(uid),
-                Some(gid),
-                AtFlags::SYMLINK_NOFOLLOW,
-            ),
+            rustix::fs::chownat(CWD, &target, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW),
             &what,
         )?;
     }
@@ -398,19 +340,14 @@ fn make_device(device: &Device) -> Result<(), Failure> {
 /// The container's /dev/null, if it is one: an image or a mount may have put something else there.
 fn null_device() -> Result<OwnedFd, Failure> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let null = step(
-        rustix::fs::open("/dev/null", flags, Mode::empty()),
-        "/dev/null",
-    )?;
+    let null = step(rustix::fs::open("/dev/null", flags, Mode::empty()), "/dev/null")?;
     let found = step(fs::metadata("/dev/null"), "/dev/null")?;
     let stat = step(rustix::fs::fstat(&null), "/dev/null")?;
     if !found.file_type().is_char_device()
         || stat.st_rdev != makedev(1, 3)
         || found.ino() != stat.st_ino
     {
-        return Err(invalid(
-            "masked paths: /dev/null of the container is not the null device",
-        ));
+        return Err(invalid("masked paths: /dev/null of the container is not the null device"));
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -422,10 +359,7 @@ fn null_device() -> Result<OwnedFd, Failure> {
 pub fn read_small(path: &str, limit: u64) -> io::Result<Option<String>> {
     let file = match fs::File::open(path) {
         Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
         {
             return Ok(None);
         }

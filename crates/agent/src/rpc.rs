@@ -31,10 +31,7 @@ pub fn service(agent: &Arc<Agent>) -> agent_server::AgentServer<Service> {
 async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<Response<T>, Status> {
-    let done = tokio::spawn(work)
-        .await
-        .map_err(std::io::Error::other)
-        .step("task")?;
+    let done = tokio::spawn(work).await.map_err(std::io::Error::other).step("task")?;
     Ok(Response::new(done?))
 }
 
@@ -96,10 +93,8 @@ impl agent_server::Agent for Service {
         request: Request<Streaming<api::IoInput>>,
     ) -> Result<Response<Self::ContainerIoStream>, Status> {
         let mut inputs = request.into_inner();
-        let first = inputs
-            .message()
-            .await?
-            .ok_or_else(|| Error::invalid("no container was named"))?;
+        let first =
+            inputs.message().await?.ok_or_else(|| Error::invalid("no container was named"))?;
         let container = self.0.container(&first.container_id)?;
         let streams = container.take_streams()?;
         let (answers, receiver) = mpsc::channel(WAITING);

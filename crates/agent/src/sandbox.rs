@@ -29,14 +29,9 @@ pub async fn configure(
     request: api::ConfigureSandboxRequest,
 ) -> Result<api::ConfigureSandboxResponse, Error> {
     {
-        let mut begun = agent
-            .configuring
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut begun = agent.configuring.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut *begun, true) {
-            return Err(Error::NotNow(
-                "the sandbox was configured before".to_owned(),
-            ));
+            return Err(Error::NotNow("the sandbox was configured before".to_owned()));
         }
     }
     let shared = request.shared_pid_namespace;
@@ -46,17 +41,10 @@ pub async fn configure(
         Boundary::Host => host(&config, &request),
     })
     .await?;
-    let pause = if shared {
-        Some(agent.pause().await?)
-    } else {
-        None
-    };
+    let pause = if shared { Some(agent.pause().await?) } else { None };
     // Only the one call that has begun comes here.
     drop(agent.sandbox.set(pause));
-    let kernel_release = rustix::system::uname()
-        .release()
-        .to_string_lossy()
-        .into_owned();
+    let kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
     Ok(api::ConfigureSandboxResponse { kernel_release })
 }
 
@@ -105,14 +93,9 @@ fn files(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), 
     write("hostname", format!("{}\n", request.hostname))?;
     write("hosts", hosts(request))?;
     write("resolv.conf", resolv_conf(request.dns.as_ref()))?;
-    let size = if request.shm_bytes == 0 {
-        DEFAULT_SHM
-    } else {
-        request.shm_bytes
-    };
-    let options = CString::new(format!("mode=1777,size={size}"))
-        .map_err(std::io::Error::from)
-        .step("shm")?;
+    let size = if request.shm_bytes == 0 { DEFAULT_SHM } else { request.shm_bytes };
+    let options =
+        CString::new(format!("mode=1777,size={size}")).map_err(std::io::Error::from).step("shm")?;
     fs::create_dir_all(config.shm()).step("shm")?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("shm", config.shm(), "tmpfs", flags, options.as_c_str()).step("shm")
@@ -120,10 +103,7 @@ fn files(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), 
 
 fn hosts(request: &api::ConfigureSandboxRequest) -> String {
     let mut text = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
-    let interfaces = request
-        .network
-        .iter()
-        .flat_map(|network| &network.interfaces);
+    let interfaces = request.network.iter().flat_map(|network| &network.interfaces);
     for address in interfaces.flat_map(|interface| &interface.addresses) {
         let address = address.split('/').next().unwrap_or_default();
         if !request.hostname.is_empty() && !address.starts_with("fe80:") {
@@ -151,17 +131,9 @@ fn resolv_conf(dns: Option<&api::Dns>) -> String {
 pub fn set_sysctl(root: &Path, name: &str, value: &str) -> Result<(), Error> {
     let what = || format!("sysctl {name} = {value}");
     let first = name.find(['.', '/']).and_then(|at| name.get(at..=at));
-    let path = if first == Some("/") {
-        name.to_owned()
-    } else {
-        name.replace('.', "/")
-    };
+    let path = if first == Some("/") { name.to_owned() } else { name.replace('.', "/") };
     let path = Path::new(&path);
-    if !path
-        .components()
-        .all(|part| matches!(part, Component::Normal(_)))
-        || name.is_empty()
-    {
+    if !path.components().all(|part| matches!(part, Component::Normal(_))) || name.is_empty() {
         return Err(Error::invalid(format!("{}: no such name", what())));
     }
     fs::write(root.join(path), value).step(what())
@@ -178,17 +150,8 @@ mod tests {
         fs::write(root.path().join("net/core/x"), "").unwrap();
         set_sysctl(root.path(), "net.core.x", "1").unwrap();
         set_sysctl(root.path(), "net/core/x", "2").unwrap();
-        assert_eq!(
-            fs::read_to_string(root.path().join("net/core/x")).unwrap(),
-            "2"
-        );
-        for bad in [
-            "kernel.nothing.here",
-            "../x",
-            "",
-            "/etc/passwd",
-            "net/../../x",
-        ] {
+        assert_eq!(fs::read_to_string(root.path().join("net/core/x")).unwrap(), "2");
+        for bad in ["kernel.nothing.here", "../x", "", "/etc/passwd", "net/../../x"] {
             let error = set_sysctl(root.path(), bad, "1").unwrap_err().to_string();
             assert!(error.contains(&format!("sysctl {bad} = 1")), "{error}");
         }
@@ -214,19 +177,13 @@ mod tests {
             addresses: vec!["10.1.0.5/24".into(), "fe80::1/64".into()],
             ..api::Interface::default()
         };
-        let network = api::Network {
-            interfaces: vec![interface],
-            ..api::Network::default()
-        };
+        let network = api::Network { interfaces: vec![interface], ..api::Network::default() };
         let request = api::ConfigureSandboxRequest {
             hostname: "web-0".into(),
             network: Some(network),
             ..api::ConfigureSandboxRequest::default()
         };
         let text = hosts(&request);
-        assert!(
-            text.contains("\n10.1.0.5\tweb-0\n") && !text.contains("fe80"),
-            "{text}"
-        );
+        assert!(text.contains("\n10.1.0.5\tweb-0\n") && !text.contains("fe80"), "{text}");
     }
 }

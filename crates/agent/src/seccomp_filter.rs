@@ -36,12 +36,7 @@ impl Filters {
     pub fn get(&self, profile: &LinuxSeccomp) -> Result<Filter, Error> {
         let text =
             serde_json::to_string(profile).map_err(|error| Error::invalid(error.to_string()))?;
-        let known = self
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&text)
-            .cloned();
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&text).cloned();
         if let Some(filter) = known {
             return Ok(filter);
         }
@@ -85,18 +80,13 @@ fn compile(profile: &LinuxSeccomp) -> Result<Filter, Error> {
                 continue;
             };
             for conditions in alternatives(conditions) {
-                filter
-                    .add_rule_conditional(what, call, &conditions)
-                    .map_err(failed)?;
+                filter.add_rule_conditional(what, call, &conditions).map_err(failed)?;
             }
         }
     }
     let program = a3s_box_sys::memfd::create("seccomp").step("seccomp filter")?;
     filter.export_bpf(&program).map_err(failed)?;
-    Ok(Filter {
-        program: Arc::new(program.into()),
-        flags: flags(profile)?,
-    })
+    Ok(Filter { program: Arc::new(program.into()), flags: flags(profile)? })
 }
 
 /// Conditions on different arguments must all hold. The library takes one per argument, so several
@@ -104,10 +94,7 @@ fn compile(profile: &LinuxSeccomp) -> Result<Filter, Error> {
 fn alternatives(conditions: &[LinuxSeccompArg]) -> Vec<Vec<ScmpArgCompare>> {
     let mut seen = HashSet::new();
     let all: Vec<_> = conditions.iter().map(compare).collect();
-    if conditions
-        .iter()
-        .all(|condition| seen.insert(condition.index()))
-    {
+    if conditions.iter().all(|condition| seen.insert(condition.index())) {
         vec![all]
     } else {
         all.into_iter().map(|one| vec![one]).collect()
@@ -122,10 +109,9 @@ fn compare(condition: &LinuxSeccompArg) -> ScmpArgCompare {
         LinuxSeccompOperator::ScmpCmpEq => (ScmpCompareOp::Equal, condition.value()),
         LinuxSeccompOperator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, condition.value()),
         LinuxSeccompOperator::ScmpCmpGt => (ScmpCompareOp::Greater, condition.value()),
-        LinuxSeccompOperator::ScmpCmpMaskedEq => (
-            ScmpCompareOp::MaskedEqual(condition.value()),
-            condition.value_two().unwrap_or(0),
-        ),
+        LinuxSeccompOperator::ScmpCmpMaskedEq => {
+            (ScmpCompareOp::MaskedEqual(condition.value()), condition.value_two().unwrap_or(0))
+        }
     };
     ScmpArgCompare::new(condition.index() as u32, operator, value)
 }
@@ -145,9 +131,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction, 
         LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
         LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
         LinuxSeccompAction::ScmpActNotify => {
-            return Err(Error::Unsupported(
-                "the seccomp action SCMP_ACT_NOTIFY".to_owned(),
-            ));
+            return Err(Error::Unsupported("the seccomp action SCMP_ACT_NOTIFY".to_owned()));
         }
     })
 }

@@ -21,9 +21,6 @@ pub async fn serve(
     hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(CALLS)
         .max_send_buf_size(SEND_BUFFER)
-        .serve_connection(
-            TokioIo::new(connection),
-            TowerToHyperService::new(rpc::service(agent)),
-        )
+        .serve_connection(TokioIo::new(connection), TowerToHyperService::new(rpc::service(agent)))
         .await
 }

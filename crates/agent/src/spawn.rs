@@ -53,32 +53,21 @@ pub async fn spawn(
     descriptors.plan = Some(memfd(plan).step("plan")?);
 
     let expected = reaper.expect();
-    let Launched { pid, pidfd } = launcher
-        .launch(namespaces, descriptors)
-        .await
-        .step("make the process")?;
+    let Launched { pid, pidfd } =
+        launcher.launch(namespaces, descriptors).await.step("make the process")?;
     let mut ended = reaper.end_of(&expected, pid);
     drop(expected);
     match report(&control).await? {
-        Some((Report::Ready(user), terminal)) => Ok(Spawned {
-            pid,
-            pidfd,
-            user,
-            terminal,
-            ended,
-            gate: Gate(control),
-        }),
+        Some((Report::Ready(user), terminal)) => {
+            Ok(Spawned { pid, pidfd, user, terminal, ended, gate: Gate(control) })
+        }
         Some((Report::Failed(failure), _)) => Err(failure.into()),
         None => {
             let how = (&mut ended)
                 .await
                 .map_or_else(|_| "unknown".to_owned(), |ended| ended.code.to_string());
             let message = format!("the process ended before it was ready, with code {how}");
-            Err(Failure {
-                kind: FailureKind::Internal,
-                message,
-            }
-            .into())
+            Err(Failure { kind: FailureKind::Internal, message }.into())
         }
     }
 }

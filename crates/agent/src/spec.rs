@@ -62,24 +62,12 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
     let namespaces = namespaces(linux)?;
     let own_uts = namespaces & namespace::UTS != 0;
     if !own_uts && spec.domainname().is_some() {
-        return Err(Error::invalid(
-            "domainname: the container shares the pod's UTS namespace",
-        ));
+        return Err(Error::invalid("domainname: the container shares the pod's UTS namespace"));
     }
-    let process = spec
-        .process()
-        .as_ref()
-        .ok_or_else(|| Error::invalid("process is missing"))?;
-    let readonly_root = spec
-        .root()
-        .as_ref()
-        .is_some_and(|root| root.readonly().unwrap_or(false));
+    let process = spec.process().as_ref().ok_or_else(|| Error::invalid("process is missing"))?;
+    let readonly_root = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
     let none = Vec::new();
-    let mounts = mounts::read(
-        spec.mounts().as_ref().unwrap_or(&none),
-        config,
-        readonly_root,
-    )?;
+    let mounts = mounts::read(spec.mounts().as_ref().unwrap_or(&none), config, readonly_root)?;
     let standard_devices = mounts
         .iter()
         .find(|mount| mount.destination == std::path::Path::new("/dev"))
@@ -101,12 +89,7 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
         // The pod's containers share its hostname; a spec repeats it without harm.
         hostname: spec.hostname().clone().filter(|_| own_uts),
         domainname: spec.domainname().clone(),
-        sysctls: linux
-            .sysctl()
-            .clone()
-            .unwrap_or_default()
-            .into_iter()
-            .collect(),
+        sysctls: linux.sysctl().clone().unwrap_or_default().into_iter().collect(),
         process: read_process(process)?,
     })
 }
@@ -115,10 +98,7 @@ fn refuse(spec: &Spec, linux: &oci::Linux) -> Result<(), Error> {
     let some = |list: &Option<Vec<oci::LinuxIdMapping>>| {
         list.as_ref().is_some_and(|list| !list.is_empty())
     };
-    let hooks = spec
-        .hooks()
-        .as_ref()
-        .is_some_and(|hooks| *hooks != oci::Hooks::default());
+    let hooks = spec.hooks().as_ref().is_some_and(|hooks| *hooks != oci::Hooks::default());
     let process = spec.process().as_ref();
     let label = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     let resources = linux.resources().as_ref();
@@ -130,63 +110,38 @@ fn refuse(spec: &Spec, linux: &oci::Linux) -> Result<(), Error> {
             spec.solaris().is_some() || spec.windows().is_some() || spec.vm().is_some(),
             "a spec for another system",
         ),
+        (some(linux.uid_mappings()) || some(linux.gid_mappings()), "linux.uidMappings"),
         (
-            some(linux.uid_mappings()) || some(linux.gid_mappings()),
-            "linux.uidMappings",
-        ),
-        (
-            linux
-                .time_offsets()
-                .as_ref()
-                .is_some_and(|offsets| !offsets.is_empty()),
+            linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()),
             "linux.timeOffsets",
         ),
         (
-            linux
-                .net_devices()
-                .as_ref()
-                .is_some_and(|devices| !devices.is_empty()),
+            linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()),
             "linux.netDevices",
         ),
         (linux.intel_rdt().is_some(), "linux.intelRdt"),
         (linux.memory_policy().is_some(), "linux.memoryPolicy"),
         (linux.personality().is_some(), "linux.personality"),
         (label(linux.mount_label()), "linux.mountLabel"),
-        (
-            process.is_some_and(|p| label(p.selinux_label())),
-            "process.selinuxLabel",
-        ),
+        (process.is_some_and(|p| label(p.selinux_label())), "process.selinuxLabel"),
         (
             process.is_some_and(|p| {
                 label(p.apparmor_profile()) && p.apparmor_profile().as_deref() != Some("unconfined")
             }),
             "process.apparmorProfile",
         ),
-        (
-            process.is_some_and(|p| p.io_priority().is_some()),
-            "process.ioPriority",
-        ),
-        (
-            process.is_some_and(|p| p.scheduler().is_some()),
-            "process.scheduler",
-        ),
-        (
-            process.is_some_and(|p| p.exec_cpu_affinity().is_some()),
-            "process.execCPUAffinity",
-        ),
+        (process.is_some_and(|p| p.io_priority().is_some()), "process.ioPriority"),
+        (process.is_some_and(|p| p.scheduler().is_some()), "process.scheduler"),
+        (process.is_some_and(|p| p.exec_cpu_affinity().is_some()), "process.execCPUAffinity"),
         (
             resources.is_some_and(|r| {
-                r.block_io()
-                    .as_ref()
-                    .is_some_and(|io| *io != oci::LinuxBlockIo::default())
+                r.block_io().as_ref().is_some_and(|io| *io != oci::LinuxBlockIo::default())
             }),
             "linux.resources.blockIO",
         ),
         (
             resources.is_some_and(|r| {
-                r.network()
-                    .as_ref()
-                    .is_some_and(|net| *net != oci::LinuxNetwork::default())
+                r.network().as_ref().is_some_and(|net| *net != oci::LinuxNetwork::default())
             }),
             "linux.resources.network",
         ),
@@ -198,10 +153,7 @@ fn refuse(spec: &Spec, linux: &oci::Linux) -> Result<(), Error> {
             memory.is_some_and(|m| m.disable_oom_killer() == Some(true)),
             "linux.resources.memory.disableOOMKiller",
         ),
-        (
-            memory.is_some_and(|m| m.swappiness().is_some()),
-            "linux.resources.memory.swappiness",
-        ),
+        (memory.is_some_and(|m| m.swappiness().is_some()), "linux.resources.memory.swappiness"),
         (
             memory.is_some_and(|m| m.kernel_tcp().is_some_and(|k| k > 0)),
             "linux.resources.memory.kernelTCP",
@@ -223,10 +175,7 @@ fn namespaces(linux: &oci::Linux) -> Result<u64, Error> {
     let mut bits = namespace::MOUNT;
     for wanted in linux.namespaces().iter().flatten() {
         if let Some(path) = wanted.path() {
-            return Err(Error::Unsupported(format!(
-                "the namespace path {}",
-                path.display()
-            )));
+            return Err(Error::Unsupported(format!("the namespace path {}", path.display())));
         }
         bits |= match wanted.typ() {
             // The PID namespace is chosen by pid_mode.
@@ -252,9 +201,7 @@ fn root_propagation(linux: &oci::Linux) -> Result<u64, Error> {
         None | Some("" | "private" | "rprivate" | "slave" | "rslave") => Ok(propagation::PRIVATE),
         Some("shared" | "rshared") => Ok(propagation::SHARED),
         Some("unbindable" | "runbindable") => Ok(propagation::UNBINDABLE),
-        Some(other) => Err(Error::invalid(format!(
-            "linux.rootfsPropagation: {other:?}"
-        ))),
+        Some(other) => Err(Error::invalid(format!("linux.rootfsPropagation: {other:?}"))),
     }
 }
 
@@ -294,9 +241,7 @@ fn devices(linux: &oci::Linux) -> Result<Vec<Device>, Error> {
 /// device nodes too, so there is no "no rules".
 fn rules(resources: Option<&oci::LinuxResources>, devices: &[Device]) -> Result<Vec<Rule>, Error> {
     let mut rules = Vec::new();
-    let asked = resources
-        .and_then(|resources| resources.devices().as_deref())
-        .unwrap_or_default();
+    let asked = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
     for rule in asked {
         let mut bits = 0;
         for letter in rule.access().as_deref().unwrap_or("rwm").chars() {
@@ -332,22 +277,10 @@ fn rules(resources: Option<&oci::LinuxResources>, devices: &[Device]) -> Result<
                 DeviceKind::Fifo => return None,
             };
             let (major, minor) = (Some(device.major), Some(device.minor));
-            Some(Rule {
-                allow: true,
-                kind,
-                major,
-                minor,
-                access: access::ALL,
-            })
+            Some(Rule { allow: true, kind, major, minor, access: access::ALL })
         }));
     }
-    let allow = |kind, major, minor, access| Rule {
-        allow: true,
-        kind,
-        major,
-        minor,
-        access,
-    };
+    let allow = |kind, major, minor, access| Rule { allow: true, kind, major, minor, access };
     rules.push(allow(Kind::Any, None, None, access::MKNOD));
     for (major, minor) in [
         (1, Some(3)),
@@ -360,12 +293,7 @@ fn rules(resources: Option<&oci::LinuxResources>, devices: &[Device]) -> Result<
         (5, Some(2)),
         (136, None),
     ] {
-        rules.push(allow(
-            Kind::Char,
-            Some(major),
-            minor,
-            device_filter::access::ALL,
-        ));
+        rules.push(allow(Kind::Char, Some(major), minor, device_filter::access::ALL));
     }
     Ok(rules)
 }
@@ -390,11 +318,7 @@ fn read_process(process: &oci::Process) -> Result<Process, Error> {
         let name = serde_json::to_value(limit.typ());
         let name = name.ok().and_then(|name| Some(name.as_str()?.to_owned()));
         let name = name.ok_or_else(|| Error::invalid("process.rlimits: type"))?;
-        rlimits.push(Rlimit {
-            name,
-            soft: limit.soft(),
-            hard: limit.hard(),
-        });
+        rlimits.push(Rlimit { name, soft: limit.soft(), hard: limit.hard() });
     }
     Ok(Process {
         args,
@@ -499,41 +423,13 @@ mod tests {
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
         for (path, value, name) in [
-            (
-                "/process/selinuxLabel",
-                json!("a:b:c"),
-                "process.selinuxLabel",
-            ),
-            (
-                "/process/apparmorProfile",
-                json!("mine"),
-                "process.apparmorProfile",
-            ),
-            (
-                "/hooks",
-                json!({ "poststart": [{ "path": "/x" }] }),
-                "hooks",
-            ),
-            (
-                "/linux/resources",
-                json!({ "memory": { "swappiness": 3 } }),
-                "swappiness",
-            ),
-            (
-                "/linux/namespaces",
-                json!([{ "type": "user" }]),
-                "user namespace",
-            ),
-            (
-                "/linux/namespaces",
-                json!([{ "type": "network", "path": "/x" }]),
-                "/x",
-            ),
-            (
-                "/linux/personality",
-                json!({ "domain": "LINUX32" }),
-                "linux.personality",
-            ),
+            ("/process/selinuxLabel", json!("a:b:c"), "process.selinuxLabel"),
+            ("/process/apparmorProfile", json!("mine"), "process.apparmorProfile"),
+            ("/hooks", json!({ "poststart": [{ "path": "/x" }] }), "hooks"),
+            ("/linux/resources", json!({ "memory": { "swappiness": 3 } }), "swappiness"),
+            ("/linux/namespaces", json!([{ "type": "user" }]), "user namespace"),
+            ("/linux/namespaces", json!([{ "type": "network", "path": "/x" }]), "/x"),
+            ("/linux/personality", json!({ "domain": "LINUX32" }), "linux.personality"),
         ] {
             let (parent, field) = path.rsplit_once('/').unwrap();
             let result = read_spec(|spec| spec.pointer_mut(parent).unwrap()[field] = value.clone());
@@ -567,9 +463,7 @@ mod tests {
         assert!(may(10, 229) && may(1, 3) && may(136, 7));
         assert!(!may(254, 0), "the guest's disk");
         assert!(
-            spec.rules
-                .iter()
-                .all(|rule| rule.access & access::READ == 0 || rule.major.is_some())
+            spec.rules.iter().all(|rule| rule.access & access::READ == 0 || rule.major.is_some())
         );
     }
 
@@ -581,9 +475,6 @@ mod tests {
             spec["linux"]["namespaces"] = json!([{ "type": "uts" }, { "type": "ipc" }])
         })
         .unwrap();
-        assert_eq!(
-            spec.namespaces,
-            namespace::MOUNT | namespace::UTS | namespace::IPC
-        );
+        assert_eq!(spec.namespaces, namespace::MOUNT | namespace::UTS | namespace::IPC);
     }
 }

@@ -59,30 +59,15 @@ pub fn pipes(stdin: Stdin) -> Result<([Option<OwnedFd>; 3], Streams), Error> {
             let (read, write) = pipe()?;
             (read, Some(register(write, Interest::WRITABLE)?))
         }
-        Stdin::Empty => (
-            std::fs::File::open("/dev/null").step("/dev/null")?.into(),
-            None,
-        ),
+        Stdin::Empty => (std::fs::File::open("/dev/null").step("/dev/null")?.into(), None),
     };
     let (out, child_out) = pipe()?;
     let (err, child_err) = pipe()?;
     let outputs = vec![
-        (
-            Output::Stdout,
-            OutputEnd(register(out, Interest::READABLE)?),
-        ),
-        (
-            Output::Stderr,
-            OutputEnd(register(err, Interest::READABLE)?),
-        ),
+        (Output::Stdout, OutputEnd(register(out, Interest::READABLE)?)),
+        (Output::Stderr, OutputEnd(register(err, Interest::READABLE)?)),
     ];
-    let streams = Streams {
-        input: Input {
-            fd: input,
-            terminal: false,
-        },
-        outputs,
-    };
+    let streams = Streams { input: Input { fd: input, terminal: false }, outputs };
     Ok(([Some(child_in), Some(child_out), Some(child_err)], streams))
 }
 
@@ -98,21 +83,13 @@ pub enum Stdin {
 /// The streams of a terminal.
 pub fn terminal(master: OwnedFd) -> Result<Streams, Error> {
     let fd = register(master, Interest::READABLE | Interest::WRITABLE)?;
-    let input = Input {
-        fd: Some(Arc::clone(&fd)),
-        terminal: true,
-    };
-    Ok(Streams {
-        input,
-        outputs: vec![(Output::Stdout, OutputEnd(fd))],
-    })
+    let input = Input { fd: Some(Arc::clone(&fd)), terminal: true };
+    Ok(Streams { input, outputs: vec![(Output::Stdout, OutputEnd(fd))] })
 }
 
 fn register(fd: OwnedFd, interest: Interest) -> Result<Fd, Error> {
     rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK).step("standard streams")?;
-    a3s_box_sys::watch::watch(fd, interest)
-        .map(Arc::new)
-        .step("standard streams")
+    a3s_box_sys::watch::watch(fd, interest).map(Arc::new).step("standard streams")
 }
 
 impl Input {
@@ -143,12 +120,8 @@ impl Input {
     /// The terminal's new size; nothing for a pipe.
     pub fn resize(&self, width: u32, height: u32) {
         let size = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
-        let size = Winsize {
-            ws_row: size(height),
-            ws_col: size(width),
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
+        let size =
+            Winsize { ws_row: size(height), ws_col: size(width), ws_xpixel: 0, ws_ypixel: 0 };
         if let (true, Some(fd)) = (self.terminal, &self.fd) {
             // It fails only when the terminal is gone, and then nobody looks at it.
             rustix::termios::tcsetwinsize(fd.get_ref(), size).ok();
@@ -170,10 +143,7 @@ impl OutputEnd {
         loop {
             let permit = messages.reserve().await.ok();
             buffer.clear();
-            match rustix::io::read(
-                self.0.get_ref(),
-                rustix::buffer::spare_capacity(&mut buffer),
-            ) {
+            match rustix::io::read(self.0.get_ref(), rustix::buffer::spare_capacity(&mut buffer)) {
                 Ok(0) => return,
                 Ok(_) => {
                     if let Some(permit) = permit {

@@ -21,15 +21,9 @@ pub fn resolve(wanted: &WantedUser) -> Result<User, Failure> {
 
 /// Home folder of a user of the container; `/` when nobody knows it.
 pub fn home(uid: u32) -> String {
-    let passwd = rootfs::read_small("/etc/passwd", LIMIT)
-        .ok()
-        .flatten()
-        .unwrap_or_default();
-    let home = entries(&passwd)
-        .find(|entry| entry.uid == uid)
-        .map(|entry| entry.home.to_owned());
-    home.filter(|home| !home.is_empty())
-        .unwrap_or_else(|| "/".to_owned())
+    let passwd = rootfs::read_small("/etc/passwd", LIMIT).ok().flatten().unwrap_or_default();
+    let home = entries(&passwd).find(|entry| entry.uid == uid).map(|entry| entry.home.to_owned());
+    home.filter(|home| !home.is_empty()).unwrap_or_else(|| "/".to_owned())
 }
 
 struct Entry<'a> {
@@ -44,12 +38,7 @@ fn entries(passwd: &str) -> impl Iterator<Item = Entry<'_>> {
         let mut fields = line.split(':');
         let name = fields.next()?.trim();
         let (uid, gid) = (fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
-        Some(Entry {
-            name,
-            uid,
-            gid,
-            home: fields.nth(1).unwrap_or_default(),
-        })
+        Some(Entry { name, uid, gid, home: fields.nth(1).unwrap_or_default() })
     })
 }
 
@@ -58,11 +47,7 @@ fn groups(group: &str) -> impl Iterator<Item = (&str, u32, &str)> {
     group.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?.trim();
-        Some((
-            name,
-            fields.nth(1)?.parse().ok()?,
-            fields.next().unwrap_or_default(),
-        ))
+        Some((name, fields.nth(1)?.parse().ok()?, fields.next().unwrap_or_default()))
     })
 }
 
@@ -76,19 +61,14 @@ fn decide(wanted: &WantedUser, passwd: &str, group: &str) -> Result<User, Failur
         None if user.is_empty() => Some(0),
         None => user.parse().ok(),
     };
-    let entry = match uid {
-        Some(uid) => entries(passwd).find(|entry| entry.uid == uid),
-        None => Some(
-            entries(passwd)
-                .find(|entry| entry.name == user)
-                .ok_or_else(|| {
-                    invalid(format!("no user {user:?} in the container's /etc/passwd"))
-                })?,
-        ),
-    };
-    let uid = uid
-        .or_else(|| entry.as_ref().map(|entry| entry.uid))
-        .unwrap_or_default();
+    let entry =
+        match uid {
+            Some(uid) => entries(passwd).find(|entry| entry.uid == uid),
+            None => Some(entries(passwd).find(|entry| entry.name == user).ok_or_else(|| {
+                invalid(format!("no user {user:?} in the container's /etc/passwd"))
+            })?),
+        };
+    let uid = uid.or_else(|| entry.as_ref().map(|entry| entry.uid)).unwrap_or_default();
     // A group of the image goes with a user of the image only.
     let wanted_group = wanted_group.filter(|group| wanted.uid.is_none() && !group.is_empty());
     let gid = match (wanted.gid, wanted_group) {
@@ -124,11 +104,7 @@ fn decide(wanted: &WantedUser, passwd: &str, group: &str) -> Result<User, Failur
             unique.push(group);
         }
     }
-    Ok(User {
-        uid,
-        gid,
-        groups: unique,
-    })
+    Ok(User { uid, gid, groups: unique })
 }
 
 #[cfg(test)]
@@ -142,10 +118,7 @@ mod tests {
         user: &str,
         change: impl FnOnce(&mut WantedUser),
     ) -> Result<(u32, u32, Vec<u32>), String> {
-        let mut wanted = WantedUser {
-            user: user.to_owned(),
-            ..WantedUser::default()
-        };
+        let mut wanted = WantedUser { user: user.to_owned(), ..WantedUser::default() };
         change(&mut wanted);
         decide(&wanted, PASSWD, GROUP)
             .map(|user| (user.uid, user.gid, user.groups))
@@ -182,18 +155,9 @@ mod tests {
 
     #[test]
     fn the_pods_ids_are_stronger_than_the_images() {
-        assert_eq!(
-            decided("www:extra", |w| w.uid = Some(7)),
-            Ok((7, 0, vec![0]))
-        );
-        assert_eq!(
-            decided("missing", |w| w.uid = Some(33)),
-            Ok((33, 34, vec![34, 50, 60]))
-        );
-        assert_eq!(
-            decided("www", |w| w.gid = Some(9)),
-            Ok((33, 9, vec![9, 50, 60]))
-        );
+        assert_eq!(decided("www:extra", |w| w.uid = Some(7)), Ok((7, 0, vec![0])));
+        assert_eq!(decided("missing", |w| w.uid = Some(33)), Ok((33, 34, vec![34, 50, 60])));
+        assert_eq!(decided("www", |w| w.gid = Some(9)), Ok((33, 9, vec![9, 50, 60])));
     }
 
     #[test]

@@ -42,10 +42,7 @@ impl Watched {
 impl Drop for Watched {
     fn drop(&mut self) {
         // The kernel's own watch goes with the file.
-        self.watched
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.id);
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
     }
 }
 
@@ -64,11 +61,7 @@ impl Watcher {
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         let id = inotify::add_watch(self.inotify.get_ref(), file, WatchFlags::MODIFY)?;
         let changed = Arc::clone(watched.entry(id).or_default());
-        Ok(Watched {
-            changed,
-            id,
-            watched: Arc::clone(&self.watched),
-        })
+        Ok(Watched { changed, id, watched: Arc::clone(&self.watched) })
     }
 
     /// Passes changes on, for ever.

@@ -79,12 +79,7 @@ impl Handle {
         let (publish, state) = watch::channel(Boundary::Starting);
         let (kill, killed) = mpsc::channel(1);
         let facts = Arc::new(Mutex::new(Facts::default()));
-        let owner = Owner {
-            facts: facts.clone(),
-            publish,
-            killed,
-            since,
-        };
+        let owner = Owner { facts: facts.clone(), publish, killed, since };
         tokio::spawn(owner.run(parts));
         Self { state, kill, facts }
     }
@@ -94,19 +89,14 @@ impl Handle {
         // A full channel: somebody has asked already. A closed one: it has ended.
         self.kill.try_send(()).ok();
         let mut state = self.state.clone();
-        state
-            .wait_for(|state| matches!(state, Boundary::Ended(_)))
-            .await
-            .ok();
+        state.wait_for(|state| matches!(state, Boundary::Ended(_))).await.ok();
     }
 
     /// The agent, once there is one.
     pub async fn agent(&self) -> Result<AgentClient<Channel>, tonic::Status> {
         let mut state = self.state.clone();
         let gone = || tonic::Status::unavailable("the boundary's owner has ended");
-        let state = state
-            .wait_for(|state| !matches!(state, Boundary::Starting))
-            .await;
+        let state = state.wait_for(|state| !matches!(state, Boundary::Starting)).await;
         match &*state.map_err(|_| gone())? {
             Boundary::Running(agent) => Ok(agent.clone()),
             Boundary::Ended(why) => Err(tonic::Status::unavailable(why.clone())),
@@ -135,20 +125,13 @@ impl Handle {
     }
 
     fn facts(&self) -> Facts {
-        self.facts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 fn note(facts: &Mutex<Facts>, stage: &str, since: Instant) {
     let ms = since.elapsed().as_secs_f64() * 1000.0;
-    facts
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .stages
-        .insert(stage.to_owned(), ms);
+    facts.lock().unwrap_or_else(PoisonError::into_inner).stages.insert(stage.to_owned(), ms);
 }
 
 struct Owner {
@@ -231,9 +214,7 @@ async fn connect(agent: std::os::unix::net::UnixStream) -> anyhow::Result<AgentC
     let connector = tower::service_fn(move |_| {
         let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
         async move {
-            taken
-                .map(TokioIo::new)
-                .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
+            taken.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
         }
     });
     let channel = Endpoint::from_static("http://agent")
@@ -259,11 +240,8 @@ fn scratch_disk(config: &ShimConfig) -> io::Result<File> {
 }
 
 fn with_console(why: String, console: &str) -> String {
-    let lines: Vec<&str> = console
-        .lines()
-        .map(str::trim_end)
-        .filter(|line| !line.is_empty())
-        .collect();
+    let lines: Vec<&str> =
+        console.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     if lines.is_empty() {
         return why;
     }

@@ -54,13 +54,8 @@ impl Container {
             ..agent::IoInput::default()
         };
         // The channel has room: this is its first message.
-        stdin
-            .try_send(first)
-            .map_err(|err| Status::internal(err.to_string()))?;
-        let outputs = agent
-            .container_io(ReceiverStream::new(inputs))
-            .await?
-            .into_inner();
+        stdin.try_send(first).map_err(|err| Status::internal(err.to_string()))?;
+        let outputs = agent.container_io(ReceiverStream::new(inputs)).await?.into_inner();
         let (done, drained) = watch::channel(false);
         let out = log.clone();
         tokio::spawn(async move {
@@ -72,20 +67,12 @@ impl Container {
         });
         // Ends after the last handle on the log; nobody waits for it but the runtime.
         drop(writer);
-        Ok(Self {
-            folder,
-            record: Mutex::new(record),
-            log: Mutex::new(Some(log)),
-            drained,
-        })
+        Ok(Self { folder, record: Mutex::new(record), log: Mutex::new(Some(log)), drained })
     }
 
     /// What is known of it.
     pub fn record(&self) -> ContainerRecord {
-        self.record
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Notes that its command runs; one that has ended already stays ended.
@@ -108,13 +95,8 @@ impl Container {
     pub async fn exited(&self, exit: ContainerExit) -> io::Result<ContainerRecord> {
         let mut drained = self.drained.clone();
         // A process that was handed the output elsewhere must not hide the end.
-        tokio::time::timeout(DRAIN, drained.wait_for(|done| *done))
-            .await
-            .ok();
-        self.log
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        tokio::time::timeout(DRAIN, drained.wait_for(|done| *done)).await.ok();
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.change(|record| {
             if record.phase != ContainerPhase::Exited {
                 record.phase = ContainerPhase::Exited;
@@ -128,17 +110,10 @@ impl Container {
     /// # Errors
     /// The file's.
     pub async fn reopen_log(&self) -> io::Result<()> {
-        let log = self
-            .log
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match log {
             Some(log) => log.reopen().await,
-            None => Err(io::Error::new(
-                io::ErrorKind::NotConnected,
-                "the container has ended",
-            )),
+            None => Err(io::Error::new(io::ErrorKind::NotConnected, "the container has ended")),
         }
     }
 

@@ -25,16 +25,9 @@ pub async fn run(
     };
     let collect = async move {
         let (inputs, receiver) = mpsc::channel(1);
-        let first = agent::ExecInput {
-            kind: Some(exec_input::Kind::Start(start)),
-        };
-        inputs
-            .try_send(first)
-            .map_err(|err| Status::internal(err.to_string()))?;
-        let mut outputs = agent
-            .exec(ReceiverStream::new(receiver))
-            .await?
-            .into_inner();
+        let first = agent::ExecInput { kind: Some(exec_input::Kind::Start(start)) };
+        inputs.try_send(first).map_err(|err| Status::internal(err.to_string()))?;
+        let mut outputs = agent.exec(ReceiverStream::new(receiver)).await?.into_inner();
         let mut answer = shim::ExecSyncResponse::default();
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let mut exit = None;

@@ -60,12 +60,7 @@ impl Log {
             None => None,
         };
         let (sender, orders) = mpsc::channel(WAITING);
-        let writer = Writer {
-            path,
-            file,
-            lines: Lines::default(),
-            failing: false,
-        };
+        let writer = Writer { path, file, lines: Lines::default(), failing: false };
         Ok((Self(sender), tokio::spawn(writer.run(orders))))
     }
 
@@ -82,10 +77,7 @@ impl Log {
     pub async fn reopen(&self) -> io::Result<()> {
         let (answer, answered) = oneshot::channel();
         let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the log's writer has ended");
-        self.0
-            .send(Order::Reopen(answer))
-            .await
-            .map_err(|_| gone())?;
+        self.0.send(Order::Reopen(answer)).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
 }
@@ -94,12 +86,7 @@ async fn create(path: &Path) -> io::Result<File> {
     if let Some(folder) = path.parent() {
         tokio::fs::create_dir_all(folder).await?;
     }
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o640)
-        .open(path)
-        .await
+    OpenOptions::new().create(true).append(true).mode(0o640).open(path).await
 }
 
 struct Writer {
@@ -187,13 +174,7 @@ impl Lines {
             }
             if ends {
                 let text = &rest[from..];
-                entry(
-                    stream,
-                    "F",
-                    text.strip_suffix(b"\r").unwrap_or(text),
-                    time,
-                    out,
-                );
+                entry(stream, "F", text.strip_suffix(b"\r").unwrap_or(text), time, out);
                 rest.clear();
             } else {
                 rest.drain(..from);
@@ -203,10 +184,9 @@ impl Lines {
 
     /// What is left without a line's end is a part of one.
     fn finish(&mut self, time: &str, out: &mut Vec<u8>) {
-        for (stream, rest) in [
-            (Stream::Stdout, &mut self.stdout),
-            (Stream::Stderr, &mut self.stderr),
-        ] {
+        for (stream, rest) in
+            [(Stream::Stdout, &mut self.stdout), (Stream::Stderr, &mut self.stderr)]
+        {
             if !rest.is_empty() {
                 entry(stream, "P", rest, time, out);
                 rest.clear();
@@ -237,32 +217,21 @@ mod tests {
     #[test]
     fn a_line_is_one_entry_however_its_bytes_arrive() {
         use Stream::{Stderr, Stdout};
-        let pieces = [
-            (Stdout, "he"),
-            (Stderr, "no\n"),
-            (Stdout, "llo\n\nrest"),
-            (Stdout, "!"),
-        ];
+        let pieces = [(Stdout, "he"), (Stderr, "no\n"), (Stdout, "llo\n\nrest"), (Stdout, "!")];
         let wanted = "T stderr F no\nT stdout F hello\nT stdout F \nT stdout P rest!\n";
         assert_eq!(entries(&pieces), wanted);
     }
 
     #[test]
     fn a_terminals_line_end_is_one_line_end() {
-        assert_eq!(
-            entries(&[(Stream::Stdout, "a\r\nb\r\n")]),
-            "T stdout F a\nT stdout F b\n"
-        );
+        assert_eq!(entries(&[(Stream::Stdout, "a\r\nb\r\n")]), "T stdout F a\nT stdout F b\n");
     }
 
     #[test]
     fn a_long_line_is_written_in_parts_and_loses_nothing() {
         let long = "x".repeat(2 * LINE_MAX + 5);
         let text = entries(&[(Stream::Stdout, &long), (Stream::Stdout, "\n")]);
-        let tags: Vec<&str> = text
-            .lines()
-            .map(|line| line.split(' ').nth(2).unwrap())
-            .collect();
+        let tags: Vec<&str> = text.lines().map(|line| line.split(' ').nth(2).unwrap()).collect();
         assert_eq!(tags, ["P", "P", "F"]);
         assert_eq!(text.matches('x').count(), long.len());
         let exact = "y".repeat(LINE_MAX);
@@ -277,21 +246,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pod/0.log");
         let (log, task) = Log::open(Some(path.clone())).await.unwrap();
-        log.write(Stream::Stdout, Bytes::from_static(b"before\nhalf "))
-            .await;
+        log.write(Stream::Stdout, Bytes::from_static(b"before\nhalf ")).await;
         let old = folder.path().join("pod/0.log.1");
         // As kubelet does: rename, then ask for a new file.
         log.reopen().await.unwrap();
         std::fs::rename(&path, &old).unwrap();
         log.reopen().await.unwrap();
-        log.write(Stream::Stdout, Bytes::from_static(b"after\n"))
-            .await;
+        log.write(Stream::Stdout, Bytes::from_static(b"after\n")).await;
         drop(log);
         task.await.unwrap();
-        let (old, new) = (
-            std::fs::read_to_string(old).unwrap(),
-            std::fs::read_to_string(path).unwrap(),
-        );
+        let (old, new) =
+            (std::fs::read_to_string(old).unwrap(), std::fs::read_to_string(path).unwrap());
         assert!(old.ends_with("stdout F before\n"), "{old}");
         assert!(new.ends_with("stdout F half after\n"), "{new}");
     }
@@ -300,8 +265,7 @@ mod tests {
     async fn a_full_disk_does_not_stop_the_container() {
         let (log, task) = Log::open(Some("/dev/full".into())).await.unwrap();
         for _ in 0..100 {
-            log.write(Stream::Stdout, Bytes::from_static(b"line\n"))
-                .await;
+            log.write(Stream::Stdout, Bytes::from_static(b"line\n")).await;
         }
         drop(log);
         task.await.unwrap();

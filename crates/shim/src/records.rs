@@ -27,11 +27,7 @@ pub fn process(pid: u32) -> io::Result<Process> {
 pub fn save_container(folder: &Path, record: &ContainerRecord) -> io::Result<()> {
     let folder = folder.join(CONTAINERS_DIR);
     fs::create_dir_all(&folder)?;
-    write(
-        &folder,
-        &format!("{}.json", record.container_id),
-        &serde_json::to_vec(record)?,
-    )
+    write(&folder, &format!("{}.json", record.container_id), &serde_json::to_vec(record)?)
 }
 
 /// Removes a container's record; fine when there is none.

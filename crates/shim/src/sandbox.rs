@@ -18,13 +18,15 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::{net::UnixListener, sync::watch};
 use tokio_stream::wrappers::UnixListenerStream;
 
 /// The share's folder in the state folder.
 const SHARE_DIR: &str = "share";
+/// So long clients may take to read their last answers after the shutdown.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Runs the sandbox that `folder` orders, to its shutdown.
 pub fn run(folder: &Path) -> anyhow::Result<()> {
@@ -51,19 +53,13 @@ fn start(folder: &Path, since: Instant, ready: &mut File) -> anyhow::Result<()> 
         }
         Start::Boot { .. } => None,
     };
-    let processes = Processes {
-        shim: records::process(std::process::id())?,
-        vmm: None,
-        volume_server: None,
-    };
+    let processes =
+        Processes { shim: records::process(std::process::id())?, vmm: None, volume_server: None };
     records::save_processes(folder, &processes).context("save the process list")?;
     // Mounts of the host still arrive here; none of ours reaches the host.
     namespace::unshare_mount().context("leave the mount namespace")?;
-    mount_change(
-        "/",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )
-    .context("stop sharing mounts with the host")?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+        .context("stop sharing mounts with the host")?;
     let share = Share::create(&folder.join(SHARE_DIR)).context("make the share")?;
     let share_root = share.root().to_owned();
     let parts = Parts {
@@ -74,9 +70,7 @@ fn start(folder: &Path, since: Instant, ready: &mut File) -> anyhow::Result<()> 
         template_ram,
         processes,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve(folder, config, parts, share, since, ready))
 }
 
@@ -91,14 +85,7 @@ async fn serve(
     let boundary = Handle::start(parts, since);
     let listener = listen(folder).context("listen on the shim's socket")?;
     let (stop, mut stopped) = watch::channel(false);
-    let shim = Arc::new(Shim::new(
-        folder,
-        config,
-        boundary,
-        PodShare::new(share),
-        since,
-        stop,
-    ));
+    let shim = Arc::new(Shim::new(folder, config, boundary, PodShare::new(share), since, stop));
     tokio::spawn(service::follow(shim.clone()));
     ready.write_all(b"ready\n").context("tell the server")?;
     // The server reads to the end of the file.
@@ -106,20 +93,25 @@ async fn serve(
     let service = ShimServer::new(Service(shim))
         .max_decoding_message_size(service::MESSAGE_MAX)
         .max_encoding_message_size(service::MESSAGE_MAX);
-    tonic::transport::Server::builder()
+    let mut ending = stopped.clone();
+    let serving = tonic::transport::Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             stopped.wait_for(|stop| *stop).await.ok();
-        })
-        .await
-        .context("serve the shim's socket")
+        });
+    let patience = async move {
+        ending.wait_for(|stop| *stop).await.ok();
+        tokio::time::sleep(GOODBYE).await;
+    };
+    tokio::select! {
+        served = serving => served.context("serve the shim's socket"),
+        // A client that is stuck must not keep the shim of a sandbox that has ended.
+        () = patience => Ok(()),
+    }
 }
 
 /// Binds through the folder's descriptor: a path of any length fits.
 fn listen(folder: &Path) -> std::io::Result<UnixListener> {
     let directory: OwnedFd = File::open(folder)?.into();
-    UnixListener::bind(format!(
-        "/proc/self/fd/{}/{SOCKET_FILE}",
-        directory.as_raw_fd()
-    ))
+    UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET_FILE}", directory.as_raw_fd()))
 }

@@ -31,12 +31,8 @@ use tonic::{Request, Response, Status};
 /// Both outputs of ExecSync at their largest, and room for the rest.
 pub const MESSAGE_MAX: usize = 48 << 20;
 /// Exit code of a container whose boundary ended under it: as if by SIGKILL.
-const KILLED: ContainerExit = ContainerExit {
-    code: 137,
-    signal: 9,
-    exited_at: 0,
-    oom_killed: false,
-};
+const KILLED: ContainerExit =
+    ContainerExit { code: 137, signal: 9, exited_at: 0, oom_killed: false };
 
 /// Everything between the calls.
 #[derive(Debug)]
@@ -80,19 +76,13 @@ impl Shim {
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Status> {
-        let containers = self
-            .containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         let container = containers.get(id).cloned();
         container.ok_or_else(|| Status::not_found(format!("container {id} is not in this sandbox")))
     }
 
     fn all(&self) -> Vec<Arc<Container>> {
-        let containers = self
-            .containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.values().cloned().collect()
     }
 
@@ -115,9 +105,8 @@ impl Shim {
         &self,
         request: shim::CreateContainerRequest,
     ) -> Result<shim::ContainerState, Status> {
-        let order = request
-            .container
-            .ok_or_else(|| Status::invalid_argument("container is missing"))?;
+        let order =
+            request.container.ok_or_else(|| Status::invalid_argument("container is missing"))?;
         let id: ContainerId = order
             .container_id
             .parse()
@@ -125,9 +114,7 @@ impl Shim {
         if let Ok(known) = self.container(id.as_str()) {
             return Ok(records::to_api(&known.record()));
         }
-        let log_path = Some(request.log_path)
-            .filter(|path| !path.is_empty())
-            .map(PathBuf::from);
+        let log_path = Some(request.log_path).filter(|path| !path.is_empty()).map(PathBuf::from);
         let made = self.make(&id, order, log_path, !request.stdin).await;
         if made.is_err()
             && let Err(err) = self.unmake(id.as_str()).await
@@ -174,10 +161,7 @@ impl Shim {
         let state = records::to_api(&record);
         let container =
             Container::adopt(self.folder.clone(), record, client, log, close_stdin).await?;
-        let mut containers = self
-            .containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.insert(id.to_string(), Arc::new(container));
         Ok(state)
     }
@@ -185,22 +169,13 @@ impl Shim {
     /// Ends a container wherever it stands; fine when there is nothing of it.
     async fn unmake(&self, id: &str) -> Result<(), Status> {
         if self.ended().is_none() {
-            let request = agent::RemoveContainerRequest {
-                container_id: id.to_owned(),
-            };
-            self.boundary
-                .agent()
-                .await?
-                .remove_container(request)
-                .await?;
+            let request = agent::RemoveContainerRequest { container_id: id.to_owned() };
+            self.boundary.agent().await?.remove_container(request).await?;
         }
         self.share.remove_volumes(id)?;
         records::remove_container(&self.folder, id)
             .map_err(|err| Status::internal(format!("remove the container's record: {err}")))?;
-        self.containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(id);
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         Ok(())
     }
 }
@@ -214,20 +189,11 @@ pub async fn follow(shim: Arc<Shim>) {
             _ = state.wait_for(|state| matches!(state, Boundary::Ended(_))) => {}
         }
     }
-    state
-        .wait_for(|state| matches!(state, Boundary::Ended(_)))
-        .await
-        .ok();
+    state.wait_for(|state| matches!(state, Boundary::Ended(_))).await.ok();
     for container in shim.all() {
         if container.record().phase != ContainerPhase::Exited {
-            shim.record_exit(
-                &container,
-                ContainerExit {
-                    exited_at: records::now(),
-                    ..KILLED
-                },
-            )
-            .await;
+            shim.record_exit(&container, ContainerExit { exited_at: records::now(), ..KILLED })
+                .await;
         }
     }
     shim.exits.send_modify(|count| *count += 1);
@@ -269,19 +235,12 @@ async fn tell(
             let record = container.record();
             if record.phase == ContainerPhase::Exited && told.insert(record.container_id.clone()) {
                 let kind = event::Kind::ContainerExited(records::to_api(&record));
-                if events
-                    .send(Ok(shim::Event { kind: Some(kind) }))
-                    .await
-                    .is_err()
-                {
+                if events.send(Ok(shim::Event { kind: Some(kind) })).await.is_err() {
                     return;
                 }
             }
         }
-        let all_ended = shim
-            .all()
-            .iter()
-            .all(|one| one.record().phase == ContainerPhase::Exited);
+        let all_ended = shim.all().iter().all(|one| one.record().phase == ContainerPhase::Exited);
         if let Some(why) = ended
             && all_ended
         {
@@ -370,11 +329,7 @@ impl shim_server::Shim for Service {
         Ok(Response::new(shim::StateResponse {
             boundary: boundary.into(),
             end_reason,
-            containers: self
-                .all()
-                .iter()
-                .map(|one| records::to_api(&one.record()))
-                .collect(),
+            containers: self.all().iter().map(|one| records::to_api(&one.record())).collect(),
             vmm_pid: self.boundary.vmm_pid(),
             kernel_release: self
                 .kernel_release
@@ -392,9 +347,7 @@ impl shim_server::Shim for Service {
         request: Request<shim::CreateContainerRequest>,
     ) -> Result<Response<shim::CreateContainerResponse>, Status> {
         let state = self.create(request.into_inner()).await?;
-        Ok(Response::new(shim::CreateContainerResponse {
-            state: Some(state),
-        }))
+        Ok(Response::new(shim::CreateContainerResponse { state: Some(state) }))
     }
 
     async fn start_container(
@@ -406,13 +359,7 @@ impl shim_server::Shim for Service {
         let mut record = container.record();
         if record.phase == ContainerPhase::Created {
             let order = agent::StartContainerRequest { container_id: id };
-            let started = self
-                .boundary
-                .agent()
-                .await?
-                .start_container(order)
-                .await?
-                .into_inner();
+            let started = self.boundary.agent().await?.start_container(order).await?.into_inner();
             record = container
                 .started(started.started_at)
                 .map_err(|err| Status::internal(format!("save the container's record: {err}")))?;

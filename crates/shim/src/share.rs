@@ -22,10 +22,7 @@ pub struct PodShare {
 impl PodShare {
     /// Around an empty share.
     pub fn new(share: Share) -> Self {
-        Self {
-            share,
-            images: Mutex::default(),
-        }
+        Self { share, images: Mutex::default() }
     }
 
     /// Shows the blobs, each once for all containers, and returns their names in the share.
@@ -34,12 +31,9 @@ impl PodShare {
         let mut names = Vec::with_capacity(blobs.len());
         for blob in blobs {
             let blob = Path::new(blob);
-            let file = blob
-                .file_name()
-                .and_then(|name| name.to_str())
-                .ok_or_else(|| {
-                    Status::invalid_argument(format!("layer {} has no file name", blob.display()))
-                })?;
+            let file = blob.file_name().and_then(|name| name.to_str()).ok_or_else(|| {
+                Status::invalid_argument(format!("layer {} has no file name", blob.display()))
+            })?;
             let name = format!("images/{file}");
             if !images.contains(&name) {
                 self.share
@@ -79,9 +73,7 @@ impl PodShare {
     /// Takes a container's volumes away again; fine when it has none.
     pub fn remove_volumes(&self, container: &str) -> Result<(), Status> {
         let name = format!("volumes/{container}");
-        self.share
-            .remove(&name)
-            .map_err(|err| failed("take away", Path::new(&name), &err))
+        self.share.remove(&name).map_err(|err| failed("take away", Path::new(&name), &err))
     }
 }
 
@@ -92,17 +84,9 @@ fn is_bind(mount: &Mount) -> bool {
 }
 
 fn has_option(mount: &Mount, wanted: &str) -> bool {
-    mount
-        .options()
-        .iter()
-        .flatten()
-        .any(|option| option == wanted)
+    mount.options().iter().flatten().any(|option| option == wanted)
 }
 
 fn failed(step: &str, what: &Path, err: &a3s_box_volume::Error) -> Status {
-    Status::internal(format!(
-        "{step} {}: {}",
-        what.display(),
-        crate::service::chain(err)
-    ))
+    Status::internal(format!("{step} {}: {}", what.display(), crate::service::chain(err)))
 }

@@ -13,9 +13,7 @@ pub fn run(config: &Path) -> anyhow::Result<()> {
     // The template's card is plugged into nothing: a tap in a namespace that ends with us.
     namespace::unshare_network().context("leave the network")?;
     let tap = tap::create("tap0").context("create the template's tap")?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let built = template::build(&config, tap, |volumes| async move {
             // The stream is kept open until the template is saved: the guest's share must not see

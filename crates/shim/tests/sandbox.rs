@@ -33,9 +33,7 @@ const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const UID: u32 = 64_124;
 
 fn guest(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../target/guest")
-        .join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest").join(name);
     path.canonicalize().expect("`make guest` has been run")
 }
 
@@ -54,26 +52,15 @@ fn template(dir: &Path) -> Template {
         accel: Accel::Tcg,
         kernel: guest("vmlinuz"),
         initramfs: guest("initramfs"),
-        size: VmSize {
-            vcpus: 1,
-            memory_mb: 512,
-        },
+        size: VmSize { vcpus: 1, memory_mb: 512 },
         uid: UID,
         disk_bytes: 1 << 30,
         dir: dir.join("template"),
     };
     let file = dir.join("template.json");
     fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
-    let output = Command::new(SHIM)
-        .arg("template")
-        .arg(&file)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let output = Command::new(SHIM).arg("template").arg(&file).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Template::open(&config.dir).unwrap()
 }
 
@@ -118,18 +105,11 @@ impl Sandbox {
                 qemu: QEMU.into(),
                 accel: Accel::Tcg,
                 start,
-                size: VmSize {
-                    vcpus: 1,
-                    memory_mb: 512,
-                },
+                size: VmSize { vcpus: 1, memory_mb: 512 },
                 uid: UID,
             },
         };
-        fs::write(
-            folder.join(CONFIG_FILE),
-            serde_json::to_vec(&config).unwrap(),
-        )
-        .unwrap();
+        fs::write(folder.join(CONFIG_FILE), serde_json::to_vec(&config).unwrap()).unwrap();
         let (mut ready, far) = std::io::pipe().unwrap();
         let mut spawn = Spawn::new(SHIM);
         spawn.arg(&folder).fd(far, fd::READY).fd(tap(), fd::TAP);
@@ -147,14 +127,9 @@ impl Sandbox {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
-        let channel = Endpoint::from_static("http://localhost")
-            .connect_with_connector(connect)
-            .await;
-        let mut sandbox = Self {
-            child,
-            folder,
-            client: ShimClient::new(channel.unwrap()),
-        };
+        let channel =
+            Endpoint::from_static("http://localhost").connect_with_connector(connect).await;
+        let mut sandbox = Self { child, folder, client: ShimClient::new(channel.unwrap()) };
         let request = agent::ConfigureSandboxRequest {
             sandbox_id: "07".repeat(32),
             hostname: "pod-1".to_owned(),
@@ -162,9 +137,7 @@ impl Sandbox {
             dns: Some(agent::Dns::default()),
             ..Default::default()
         };
-        let request = shim::ConfigureSandboxRequest {
-            sandbox: Some(request),
-        };
+        let request = shim::ConfigureSandboxRequest { sandbox: Some(request) };
         if let Err(err) = sandbox.client.configure_sandbox(request).await {
             panic!("{err}; {}", sandbox.log());
         }
@@ -212,19 +185,12 @@ impl Sandbox {
     }
 
     async fn run(&mut self, id: &ContainerId) {
-        let request = shim::StartContainerRequest {
-            container_id: id.to_string(),
-        };
+        let request = shim::StartContainerRequest { container_id: id.to_string() };
         self.client.start_container(request).await.unwrap();
     }
 
     async fn exit_of(&mut self, id: &ContainerId) -> agent::Exit {
-        let mut events = self
-            .client
-            .events(shim::EventsRequest {})
-            .await
-            .unwrap()
-            .into_inner();
+        let mut events = self.client.events(shim::EventsRequest {}).await.unwrap().into_inner();
         while let Some(event) = events.next().await {
             if let Some(event::Kind::ContainerExited(state)) = event.unwrap().kind
                 && state.container_id == id.as_str()
@@ -250,12 +216,11 @@ impl Sandbox {
     }
 
     async fn shutdown(mut self) {
-        self.client
-            .shutdown(shim::ShutdownRequest {})
-            .await
-            .unwrap();
+        self.client.shutdown(shim::ShutdownRequest {}).await.unwrap();
         drop(self.client);
-        assert!(self.child.wait().unwrap().success());
+        // The client's connection lives on this thread, which must not block.
+        let ended = tokio::task::spawn_blocking(move || self.child.wait()).await.unwrap();
+        assert!(ended.unwrap().success());
     }
 }
 
@@ -281,42 +246,21 @@ async fn lives_a_whole_life(sandbox: &mut Sandbox, dir: &Path) {
     assert!(fs::read_to_string(record).unwrap().contains("\"exited\""));
 
     let sleeper = ContainerId::from_random([2; 32]);
-    sandbox
-        .create(&sleeper, &blob, "sleep 1000", &dir.join("1.log"), &volume)
-        .await;
+    sandbox.create(&sleeper, &blob, "sleep 1000", &dir.join("1.log"), &volume).await;
     sandbox.run(&sleeper).await;
-    let answer = sandbox
-        .exec(&sleeper, &["sh", "-c", "echo hi; id -u; exit 3"], 0)
-        .await
-        .unwrap();
-    assert_eq!(
-        (answer.stdout.as_ref(), answer.exit_code),
-        (b"hi\n0\n".as_slice(), 3)
-    );
-    let late = sandbox
-        .exec(&sleeper, &["sleep", "1000"], 300)
-        .await
-        .unwrap_err();
+    let answer = sandbox.exec(&sleeper, &["sh", "-c", "echo hi; id -u; exit 3"], 0).await.unwrap();
+    assert_eq!((answer.stdout.as_ref(), answer.exit_code), (b"hi\n0\n".as_slice(), 3));
+    let late = sandbox.exec(&sleeper, &["sleep", "1000"], 300).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded);
-    let signal = shim::SignalContainerRequest {
-        container_id: sleeper.to_string(),
-        signal: 9,
-        all: false,
-    };
+    let signal =
+        shim::SignalContainerRequest { container_id: sleeper.to_string(), signal: 9, all: false };
     sandbox.client.signal_container(signal).await.unwrap();
     assert_eq!(sandbox.exit_of(&sleeper).await.code, 137);
     for id in [&id, &sleeper, &sleeper] {
-        let request = shim::RemoveContainerRequest {
-            container_id: id.to_string(),
-        };
+        let request = shim::RemoveContainerRequest { container_id: id.to_string() };
         sandbox.client.remove_container(request).await.unwrap();
     }
-    let state = sandbox
-        .client
-        .state(shim::StateRequest {})
-        .await
-        .unwrap()
-        .into_inner();
+    let state = sandbox.client.state(shim::StateRequest {}).await.unwrap().into_inner();
     assert!(state.containers.is_empty());
     eprintln!("stages: {:?}", state.stages_ms);
 }
@@ -325,9 +269,7 @@ async fn lives_a_whole_life(sandbox: &mut Sandbox, dir: &Path) {
 async fn a_clone_runs_containers_from_creation_to_removal() {
     let dir = tempfile::tempdir().unwrap();
     let template = template(dir.path());
-    let start = Start::Clone {
-        template: template.dir().to_owned(),
-    };
+    let start = Start::Clone { template: template.dir().to_owned() };
     let mut sandbox = Sandbox::start(dir.path(), start, Some(template.ram().unwrap())).await;
     lives_a_whole_life(&mut sandbox, dir.path()).await;
     sandbox.shutdown().await;
@@ -336,10 +278,7 @@ async fn a_clone_runs_containers_from_creation_to_removal() {
 #[tokio::test]
 async fn a_booted_guest_runs_containers_as_well() {
     let dir = tempfile::tempdir().unwrap();
-    let start = Start::Boot {
-        kernel: guest("vmlinuz"),
-        initramfs: guest("initramfs"),
-    };
+    let start = Start::Boot { kernel: guest("vmlinuz"), initramfs: guest("initramfs") };
     let mut sandbox = Sandbox::start(dir.path(), start, None).await;
     lives_a_whole_life(&mut sandbox, dir.path()).await;
     sandbox.shutdown().await;
@@ -349,44 +288,17 @@ async fn a_booted_guest_runs_containers_as_well() {
 async fn a_dead_machine_is_an_exit_of_its_containers() {
     let dir = tempfile::tempdir().unwrap();
     let template = template(dir.path());
-    let start = Start::Clone {
-        template: template.dir().to_owned(),
-    };
+    let start = Start::Clone { template: template.dir().to_owned() };
     let mut sandbox = Sandbox::start(dir.path(), start, Some(template.ram().unwrap())).await;
     let blob = layer(dir.path());
     let id = ContainerId::from_random([1; 32]);
-    sandbox
-        .create(
-            &id,
-            &blob,
-            "sleep 1000",
-            &dir.path().join("0.log"),
-            dir.path(),
-        )
-        .await;
+    sandbox.create(&id, &blob, "sleep 1000", &dir.path().join("0.log"), dir.path()).await;
     sandbox.run(&id).await;
-    let state = sandbox
-        .client
-        .state(shim::StateRequest {})
-        .await
-        .unwrap()
-        .into_inner();
-    a3s_box_sys::pidfd::Identity::of(state.vmm_pid)
-        .unwrap()
-        .kill()
-        .unwrap();
+    let state = sandbox.client.state(shim::StateRequest {}).await.unwrap().into_inner();
+    a3s_box_sys::pidfd::Identity::of(state.vmm_pid).unwrap().kill().unwrap();
     assert_eq!(sandbox.exit_of(&id).await.code, 137);
-    let state = sandbox
-        .client
-        .state(shim::StateRequest {})
-        .await
-        .unwrap()
-        .into_inner();
-    assert!(
-        state.end_reason.contains("signal 9"),
-        "{}",
-        state.end_reason
-    );
+    let state = sandbox.client.state(shim::StateRequest {}).await.unwrap().into_inner();
+    assert!(state.end_reason.contains("signal 9"), "{}", state.end_reason);
     let refused = sandbox.exec(&id, &["true"], 0).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     sandbox.shutdown().await;

@@ -11,11 +11,7 @@ use std::{
 pub const TEMPORARY: &str = ".tmp";
 
 fn at<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + 'a {
-    move |source| StoreError::Io {
-        step,
-        path: path.to_owned(),
-        source,
-    }
+    move |source| StoreError::Io { step, path: path.to_owned(), source }
 }
 
 /// Writes the file so that a crash leaves the old content or the new one.
@@ -32,9 +28,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
 
 /// Makes a rename or removal in the folder durable.
 pub fn sync_dir(folder: &Path) -> Result<(), StoreError> {
-    File::open(folder)
-        .and_then(|dir| dir.sync_all())
-        .map_err(at("sync", folder))
+    File::open(folder).and_then(|dir| dir.sync_all()).map_err(at("sync", folder))
 }
 
 /// Makes the folder, private to root; whether it was missing.

@@ -61,9 +61,7 @@ pub struct Object {
 impl Object {
     /// The record as a `T`; `None` when there is none, or it is not a `T` (and then it should be set aside).
     pub fn get<T: DeserializeOwned>(&self, record: &str) -> Option<Result<T, serde_json::Error>> {
-        self.records
-            .get(record)
-            .map(|value| serde_json::from_value(value.clone()))
+        self.records.get(record).map(|value| serde_json::from_value(value.clone()))
     }
 }
 
@@ -77,11 +75,7 @@ impl Store {
     /// Opens or makes the store, and finishes removals that a crash interrupted.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let store = Self { root: root.into() };
-        for folder in [
-            store.root.clone(),
-            store.root.join(QUARANTINE),
-            store.root.join(REMOVED),
-        ] {
+        for folder in [store.root.clone(), store.root.join(QUARANTINE), store.root.join(REMOVED)] {
             file::create_dir(&folder)?;
         }
         for entry in file::list(&store.root.join(REMOVED))? {
@@ -133,11 +127,7 @@ impl Store {
             Ok(()) => file::sync_dir(&self.root)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(source) => {
-                return Err(StoreError::Io {
-                    step: "rename",
-                    path: folder,
-                    source,
-                });
+                return Err(StoreError::Io { step: "rename", path: folder, source });
             }
         }
         file::remove_dir(&removed)
@@ -158,18 +148,12 @@ impl Store {
     /// One object with its records, without any when there is no such object. What cannot be read is
     /// set aside on the way.
     pub fn read(&self, object: &str) -> Result<Object, StoreError> {
-        if self.folder(object)?.is_dir() {
-            self.scan_object(object)
-        } else {
-            Ok(Object::default())
-        }
+        if self.folder(object)?.is_dir() { self.scan_object(object) } else { Ok(Object::default()) }
     }
 
     /// Moves a record to the quarantine, where nothing reads it and nothing deletes it.
     pub fn set_aside(&self, object: &str, record: &str, why: &str) -> Result<(), StoreError> {
-        let from = self
-            .folder(object)?
-            .join(format!("{}{SUFFIX}", plain(record)?));
+        let from = self.folder(object)?.join(format!("{}{SUFFIX}", plain(record)?));
         let folder = self.root.join(QUARANTINE).join(object);
         file::create_dir(&folder)?;
         let to = file::free_name(&folder, &format!("{record}{SUFFIX}"));
@@ -177,11 +161,7 @@ impl Store {
         match fs::rename(&from, &to) {
             Ok(()) => file::sync_dir(&folder),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(StoreError::Io {
-                step: "set aside",
-                path: from,
-                source,
-            }),
+            Err(source) => Err(StoreError::Io { step: "set aside", path: from, source }),
         }
     }
 
@@ -192,9 +172,7 @@ impl Store {
             if entry.ends_with(file::TEMPORARY) {
                 file::remove(&folder.join(&entry))?;
             }
-            let Some(record) = entry
-                .strip_suffix(SUFFIX)
-                .filter(|record| plain(record).is_ok())
+            let Some(record) = entry.strip_suffix(SUFFIX).filter(|record| plain(record).is_ok())
             else {
                 continue;
             };

@@ -12,9 +12,7 @@ struct Pod {
 }
 
 fn pod(name: &str) -> Pod {
-    Pod {
-        name: name.to_owned(),
-    }
+    Pod { name: name.to_owned() }
 }
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -34,14 +32,8 @@ fn what_was_put_is_found_again_by_the_next_process() {
     store.put("a", "container-1", &pod("nginx")).unwrap();
     store.put("a", "sandbox", &pod("web2")).unwrap();
     let again = Store::open(root.path()).unwrap().scan().unwrap();
-    assert_eq!(
-        again["a"].get::<Pod>("sandbox").unwrap().unwrap(),
-        pod("web2")
-    );
-    assert_eq!(
-        again["a"].get::<Pod>("container-1").unwrap().unwrap(),
-        pod("nginx")
-    );
+    assert_eq!(again["a"].get::<Pod>("sandbox").unwrap().unwrap(), pod("web2"));
+    assert_eq!(again["a"].get::<Pod>("container-1").unwrap().unwrap(), pod("nginx"));
     assert!(again["a"].get::<Pod>("other").is_none());
 }
 
@@ -69,13 +61,7 @@ fn a_removal_that_a_crash_interrupted_is_finished_at_the_next_start() {
 
 #[test]
 fn damaged_and_unknown_records_are_set_aside_and_never_deleted() {
-    for damage in [
-        "",
-        "{",
-        "{\"version\":2,\"record\":{}}",
-        "{\"version\":1}",
-        "\u{0}\u{0}",
-    ] {
+    for damage in ["", "{", "{\"version\":2,\"record\":{}}", "{\"version\":1}", "\u{0}\u{0}"] {
         let (root, store) = store();
         store.put("a", "sandbox", &pod("web")).unwrap();
         store.put("a", "container-1", &pod("nginx")).unwrap();

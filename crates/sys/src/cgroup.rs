@@ -68,9 +68,7 @@ impl Hierarchies {
                     let known = options
                         .split(',')
                         .filter(|option| *option == "cpuset" || V1_CONTROLLERS.contains(option));
-                    found
-                        .v1
-                        .extend(known.map(|name| (name.to_owned(), point.clone())));
+                    found.v1.extend(known.map(|name| (name.to_owned(), point.clone())));
                 }
                 _ => {}
             }
@@ -79,10 +77,7 @@ impl Hierarchies {
     }
 
     fn v1(&self, controller: &str) -> Option<&Path> {
-        self.v1
-            .iter()
-            .find(|(name, _)| name == controller)
-            .map(|(_, point)| point.as_path())
+        self.v1.iter().find(|(name, _)| name == controller).map(|(_, point)| point.as_path())
     }
 
     /// Whether the controllers are cgroup v2's.
@@ -108,11 +103,7 @@ impl Cgroup {
         } else {
             slice(parent)
         };
-        Self {
-            hierarchies,
-            parent,
-            name: name.to_owned(),
-        }
+        Self { hierarchies, parent, name: name.to_owned() }
     }
 
     /// Makes it, limits it, and opens its `cgroup.procs` files: a process enters by writing `0`.
@@ -133,9 +124,7 @@ impl Cgroup {
             self.limit_v1(limits, &mut unset);
         }
         for folder in self.folders(!limits.cpuset_cpus.is_empty()) {
-            let door = OpenOptions::new()
-                .write(true)
-                .open(folder.join("cgroup.procs"))?;
+            let door = OpenOptions::new().write(true).open(folder.join("cgroup.procs"))?;
             doors.push(door.into());
         }
         Ok((doors, unset))
@@ -205,10 +194,7 @@ impl Cgroup {
                 points.insert(point);
             }
         }
-        points
-            .into_iter()
-            .map(|point| point.join(&self.parent).join(&self.name))
-            .collect()
+        points.into_iter().map(|point| point.join(&self.parent).join(&self.name)).collect()
     }
 
     fn limit_v2(&self, limits: &Limits, unset: &mut Vec<String>) {
@@ -225,34 +211,14 @@ impl Cgroup {
             }
         }
         let folder = folder.join(&self.name);
-        let period = if limits.cpu_period > 0 {
-            limits.cpu_period
-        } else {
-            100_000
-        };
+        let period = if limits.cpu_period > 0 { limits.cpu_period } else { 100_000 };
         let weight = weight(limits.cpu_shares);
         let files = [
             ("cpu.weight", limits.cpu_shares > 0, weight.to_string()),
-            (
-                "cpu.max",
-                limits.cpu_quota > 0,
-                format!("{} {period}", limits.cpu_quota),
-            ),
-            (
-                "memory.max",
-                limits.memory_max > 0,
-                limits.memory_max.to_string(),
-            ),
-            (
-                "cpuset.cpus",
-                !limits.cpuset_cpus.is_empty(),
-                limits.cpuset_cpus.clone(),
-            ),
-            (
-                "cpuset.mems",
-                !limits.cpuset_mems.is_empty(),
-                limits.cpuset_mems.clone(),
-            ),
+            ("cpu.max", limits.cpu_quota > 0, format!("{} {period}", limits.cpu_quota)),
+            ("memory.max", limits.memory_max > 0, limits.memory_max.to_string()),
+            ("cpuset.cpus", !limits.cpuset_cpus.is_empty(), limits.cpuset_cpus.clone()),
+            ("cpuset.mems", !limits.cpuset_mems.is_empty(), limits.cpuset_mems.clone()),
         ];
         for (file, wanted, value) in files {
             if wanted {
@@ -263,24 +229,9 @@ impl Cgroup {
 
     fn limit_v1(&self, limits: &Limits, unset: &mut Vec<String>) {
         let files = [
-            (
-                "cpu",
-                "cpu.shares",
-                limits.cpu_shares > 0,
-                limits.cpu_shares.to_string(),
-            ),
-            (
-                "cpu",
-                "cpu.cfs_period_us",
-                limits.cpu_period > 0,
-                limits.cpu_period.to_string(),
-            ),
-            (
-                "cpu",
-                "cpu.cfs_quota_us",
-                limits.cpu_quota > 0,
-                limits.cpu_quota.to_string(),
-            ),
+            ("cpu", "cpu.shares", limits.cpu_shares > 0, limits.cpu_shares.to_string()),
+            ("cpu", "cpu.cfs_period_us", limits.cpu_period > 0, limits.cpu_period.to_string()),
+            ("cpu", "cpu.cfs_quota_us", limits.cpu_quota > 0, limits.cpu_quota.to_string()),
             (
                 "memory",
                 "memory.limit_in_bytes",
@@ -291,11 +242,7 @@ impl Cgroup {
         for (controller, file, wanted, value) in files {
             match self.hierarchies.v1(controller) {
                 Some(point) if wanted => {
-                    set(
-                        &point.join(&self.parent).join(&self.name).join(file),
-                        &value,
-                        unset,
-                    );
+                    set(&point.join(&self.parent).join(&self.name).join(file), &value, unset);
                 }
                 None if wanted => unset.push(format!("{file}: no {controller} hierarchy")),
                 _ => {}
@@ -335,10 +282,7 @@ impl Cgroup {
 fn slice(name: &str) -> PathBuf {
     let stem = name.strip_suffix(".slice").unwrap_or(name);
     let mut path = PathBuf::new();
-    let ends = stem
-        .match_indices('-')
-        .map(|(at, _)| at)
-        .chain([stem.len()]);
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
     for end in ends.filter(|end| *end > 0) {
         path.push(format!("{}.slice", &stem[..end]));
     }
@@ -380,11 +324,7 @@ mod tests {
 ";
 
     fn folders(cgroup: &Cgroup) -> Vec<String> {
-        cgroup
-            .folders(false)
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect()
+        cgroup.folders(false).iter().map(|path| path.display().to_string()).collect()
     }
 
     #[test]
@@ -426,21 +366,14 @@ mod tests {
         }
         let name = format!("a3s-box-test-{}", std::process::id());
         let cgroup = Cgroup::new(hierarchies, "/", &name);
-        let limits = Limits {
-            memory_max: 64 << 20,
-            cpu_shares: 100,
-            ..Limits::default()
-        };
+        let limits = Limits { memory_max: 64 << 20, cpu_shares: 100, ..Limits::default() };
         let (doors, _unset) = cgroup.create(&limits).unwrap();
         let mut spawn = Spawn::new("/bin/sleep");
         spawn.arg("100");
         spawn.cgroups = doors;
         let mut child = spawn.start().unwrap();
         assert_eq!(cgroup.processes().unwrap(), [child.id()].into());
-        assert_eq!(
-            cgroup.remove().unwrap_err().kind(),
-            io::ErrorKind::ResourceBusy
-        );
+        assert_eq!(cgroup.remove().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         cgroup.kill().unwrap();
         child.wait().unwrap();
         cgroup.remove().unwrap();

@@ -16,9 +16,9 @@ impl SingleThreaded {
     pub fn check() -> io::Result<Self> {
         match std::fs::read_dir("/proc/self/task")?.count() {
             1 => Ok(Self(PhantomData)),
-            count => Err(io::Error::other(format!(
-                "the process has {count} threads, one is allowed"
-            ))),
+            count => {
+                Err(io::Error::other(format!("the process has {count} threads, one is allowed")))
+            }
         }
     }
 }
@@ -95,10 +95,7 @@ pub fn clone3(_proof: &SingleThreaded, wish: &Clone3<'_>) -> io::Result<Cloned> 
         pid => {
             // SAFETY: on success the kernel stored a new descriptor that nobody else owns.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Cloned::Parent {
-                pid: pid as u32,
-                pidfd,
-            })
+            Ok(Cloned::Parent { pid: pid as u32, pidfd })
         }
     }
 }

@@ -70,12 +70,7 @@ const MINOR: u8 = 5;
 const SCRATCH: u8 = 0;
 
 fn insn(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Insn {
-    Insn {
-        code,
-        registers: destination | source << 4,
-        offset,
-        immediate,
-    }
+    Insn { code, registers: destination | source << 4, offset, immediate }
 }
 
 /// The program: struct bpf_cgroup_dev_ctx { access_type, major, minor } in r1, answer in r0.
@@ -169,14 +164,8 @@ pub fn attach(cgroup: BorrowedFd<'_>, rules: &[Rule]) -> io::Result<()> {
         prog_flags: 0,
     };
     // SAFETY: the attribute points to the instructions and the licence, both outlive the call.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &raw const load,
-            size_of_val(&load),
-        )
-    };
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of_val(&load)) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -190,18 +179,9 @@ pub fn attach(cgroup: BorrowedFd<'_>, rules: &[Rule]) -> io::Result<()> {
     };
     // SAFETY: the attribute holds two descriptors that are open.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            &raw const attach,
-            size_of_val(&attach),
-        )
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of_val(&attach))
     };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -237,13 +217,8 @@ mod tests {
 
     #[test]
     fn the_last_fitting_rule_decides_and_none_denies() {
-        let deny = Rule {
-            allow: false,
-            kind: Kind::Any,
-            major: None,
-            minor: None,
-            access: access::ALL,
-        };
+        let deny =
+            Rule { allow: false, kind: Kind::Any, major: None, minor: None, access: access::ALL };
         let null = Rule {
             allow: true,
             kind: Kind::Char,
@@ -268,10 +243,7 @@ mod tests {
         assert!(!run(&program, CHAR, access::READ, 1, 5));
         assert!(!run(&program, BLOCK, access::READ, 1, 3));
         assert!(run(&program, BLOCK, access::MKNOD, 254, 0));
-        assert!(
-            !run(&compile(&[null, deny]), CHAR, access::READ, 1, 3),
-            "denied later"
-        );
+        assert!(!run(&compile(&[null, deny]), CHAR, access::READ, 1, 3), "denied later");
         assert!(!run(&compile(&[]), CHAR, access::READ, 1, 3));
     }
 
@@ -285,23 +257,9 @@ mod tests {
         let cgroup = root.join(format!("device-filter-test-{}", std::process::id()));
         std::fs::create_dir(&cgroup).unwrap();
         let fd = std::fs::File::open(&cgroup).unwrap();
-        let rule = Rule {
-            allow: true,
-            kind: Kind::Any,
-            major: None,
-            minor: None,
-            access: access::ALL,
-        };
-        let result = attach(
-            rustix::fd::AsFd::as_fd(&fd),
-            &[
-                rule,
-                Rule {
-                    major: Some(7),
-                    ..rule
-                },
-            ],
-        );
+        let rule =
+            Rule { allow: true, kind: Kind::Any, major: None, minor: None, access: access::ALL };
+        let result = attach(rustix::fd::AsFd::as_fd(&fd), &[rule, Rule { major: Some(7), ..rule }]);
         std::fs::remove_dir(&cgroup).unwrap();
         result.unwrap();
     }

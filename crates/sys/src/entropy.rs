@@ -19,11 +19,7 @@ struct PoolInfo {
 pub fn add(seed: &[u8]) -> io::Result<()> {
     let seed = &seed[..seed.len().min(LONGEST)];
     let length = seed.len() as libc::c_int;
-    let mut info = PoolInfo {
-        entropy_count: length * 8,
-        buf_size: length,
-        buf: [0; LONGEST],
-    };
+    let mut info = PoolInfo { entropy_count: length * 8, buf_size: length, buf: [0; LONGEST] };
     info.buf[..seed.len()].copy_from_slice(seed);
     let random = File::options().write(true).open("/dev/urandom")?;
     let fd = random.as_fd().as_raw_fd();

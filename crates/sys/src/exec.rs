@@ -20,11 +20,7 @@ pub fn reset_signals() -> io::Result<()> {
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut())
     };
-    if failed == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Ignores SIGCHLD: the kernel reaps every child of the caller at once.
@@ -43,35 +39,17 @@ pub fn pause() {
 pub fn new_session_keyring() -> io::Result<()> {
     // SAFETY: KEYCTL_JOIN_SESSION_KEYRING with a null name touches no memory.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_keyctl,
-            libc::KEYCTL_JOIN_SESSION_KEYRING,
-            ptr::null::<u8>(),
-        )
+        libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, ptr::null::<u8>())
     };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Marks every descriptor from `first` on to be closed by a successful exec.
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: takes integers only and closes nothing now.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first,
-            u32::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    let result =
+        unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Makes `fd` known as `number` (0, 1 or 2), open across exec.
@@ -95,10 +73,7 @@ pub fn exit(code: i32) -> ! {
 /// Replaces the program. Returns only when that failed.
 pub fn execve(path: &CStr, args: &[&CStr], env: &[&CStr]) -> io::Result<Infallible> {
     let pointers = |list: &[&CStr]| -> Vec<*const libc::c_char> {
-        list.iter()
-            .map(|text| text.as_ptr())
-            .chain([ptr::null()])
-            .collect()
+        list.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect()
     };
     let (args, env) = (pointers(args), pointers(env));
     // SAFETY: both arrays end with a null pointer and all strings outlive the call.

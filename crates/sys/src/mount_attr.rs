@@ -53,23 +53,14 @@ pub struct Change {
 /// Changes the mount that `mount` (a descriptor from open_tree or fsmount, or of its root) is.
 pub fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
     // An access time mode can only be set after the old one was cleared.
-    let atime = if change.set & flag::ATIME != 0 {
-        flag::ATIME
-    } else {
-        0
-    };
+    let atime = if change.set & flag::ATIME != 0 { flag::ATIME } else { 0 };
     let attr = libc::mount_attr {
         attr_set: change.set,
         attr_clr: change.clear | atime,
         propagation: change.propagation,
         userns_fd: 0,
     };
-    let flags = libc::AT_EMPTY_PATH
-        | if change.recursive {
-            libc::AT_RECURSIVE
-        } else {
-            0
-        };
+    let flags = libc::AT_EMPTY_PATH | if change.recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a constant C string and attr outlives the call.
     let result = unsafe {
         libc::syscall(
@@ -81,9 +72,5 @@ pub fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
             size_of_val(&attr),
         )
     };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -20,10 +20,7 @@ impl Identity {
     /// # Errors
     /// NotFound when there is no such process.
     pub fn of(pid: u32) -> io::Result<Self> {
-        Ok(Self {
-            pid,
-            start_time: start_time(pid)?,
-        })
+        Ok(Self { pid, start_time: start_time(pid)? })
     }
 
     /// A descriptor of exactly this process; `None` when it is gone.
@@ -119,10 +116,7 @@ mod tests {
     fn only_the_process_that_was_meant_is_killed() {
         let mut child = Command::new("sleep").arg("100").spawn().unwrap();
         let meant = Identity::of(child.id()).unwrap();
-        let stranger = Identity {
-            start_time: meant.start_time + 1,
-            ..meant
-        };
+        let stranger = Identity { start_time: meant.start_time + 1, ..meant };
         stranger.kill().unwrap();
         assert!(meant.is_alive().unwrap());
         assert!(!stranger.is_alive().unwrap());

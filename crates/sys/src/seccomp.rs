@@ -21,23 +21,11 @@ pub fn install(program: &[u8], flags: u64) -> io::Result<()> {
             k: u32::from_ne_bytes([i[4], i[5], i[6], i[7]]),
         })
         .collect();
-    let program = libc::sock_fprog {
-        len: count as u16,
-        filter: filter.as_ptr().cast_mut(),
-    };
+    let program = libc::sock_fprog { len: count as u16, filter: filter.as_ptr().cast_mut() };
     // SAFETY: the program points to `count` instructions that outlive the call; the kernel copies
     // and checks them.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            flags,
-            &raw const program,
-        )
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

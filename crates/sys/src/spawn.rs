@@ -121,12 +121,7 @@ impl Spawn {
 
     /// Moves every descriptor to its number and marks all others close-on-exec.
     fn place_fds(&self) -> io::Result<()> {
-        let above = self
-            .fds
-            .iter()
-            .map(|(_, target)| target + 1)
-            .max()
-            .unwrap_or(3);
+        let above = self.fds.iter().map(|(_, target)| target + 1).max().unwrap_or(3);
         // First above all targets, so that no target overwrites a source.
         let mut parked = [0; MAX_FDS];
         if self.fds.len() > MAX_FDS {
@@ -166,11 +161,7 @@ fn become_user(identity: &Identity) -> io::Result<()> {
 }
 
 fn check(result: i32) -> io::Result<i32> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 #[cfg(test)]
@@ -208,14 +199,9 @@ mod tests {
 
     #[test]
     fn descriptors_may_be_swapped() {
-        let (a, b) = (
-            File::open("/dev/null").unwrap(),
-            File::open("/dev/zero").unwrap(),
-        );
+        let (a, b) = (File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap());
         let (to_b, to_a) = (b.as_raw_fd(), a.as_raw_fd());
-        let mut spawn = shell(&format!(
-            "readlink /proc/self/fd/{to_b} /proc/self/fd/{to_a}"
-        ));
+        let mut spawn = shell(&format!("readlink /proc/self/fd/{to_b} /proc/self/fd/{to_a}"));
         spawn.fd(a, to_b).fd(b, to_a);
         assert_eq!(output_of(spawn), "/dev/null\n/dev/zero\n");
     }
@@ -223,15 +209,9 @@ mod tests {
     #[test]
     fn another_user_has_no_capabilities_and_gains_none() {
         let mut spawn = shell("id -u; id -g; id -G; grep -E 'CapEff|NoNewPrivs' /proc/self/status");
-        spawn.identity = Some(Identity {
-            uid: 12345,
-            groups: vec![7],
-        });
+        spawn.identity = Some(Identity { uid: 12345, groups: vec![7] });
         spawn.death_signal = Some(libc::SIGKILL);
         let text = output_of(spawn);
-        assert_eq!(
-            text,
-            "12345\n12345\n12345 7\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\n"
-        );
+        assert_eq!(text, "12345\n12345\n12345 7\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\n");
     }
 }

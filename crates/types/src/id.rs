@@ -12,11 +12,7 @@ pub struct InvalidId(pub String);
 
 impl fmt::Display for InvalidId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:?} is not an id of {LEN} lower-case hex digits",
-            self.0
-        )
+        write!(f, "{:?} is not an id of {LEN} lower-case hex digits", self.0)
     }
 }
 
@@ -105,13 +101,7 @@ mod tests {
     fn an_id_is_64_lower_case_hex_digits_and_nothing_else() {
         let id = SandboxId::from_random([0xab; 32]);
         assert_eq!(id.as_str().parse(), Ok(id.clone()));
-        for bad in [
-            "",
-            "../etc",
-            &"A".repeat(64),
-            &"a".repeat(63),
-            &"a".repeat(65),
-        ] {
+        for bad in ["", "../etc", &"A".repeat(64), &"a".repeat(63), &"a".repeat(65)] {
             assert_eq!(bad.parse::<SandboxId>(), Err(InvalidId(bad.to_owned())));
         }
     }

@@ -46,11 +46,7 @@ pub struct Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "a sandbox in state {:?} does not take {:?}",
-            self.state, self.event
-        )
+        write!(f, "a sandbox in state {:?} does not take {:?}", self.state, self.event)
     }
 }
 
@@ -88,13 +84,7 @@ mod tests {
     #[test]
     fn nothing_is_torn_down_before_a_stop() {
         for state in [Creating, Ready] {
-            assert_eq!(
-                state.on(TornDown),
-                Err(Refused {
-                    state,
-                    event: TornDown
-                })
-            );
+            assert_eq!(state.on(TornDown), Err(Refused { state, event: TornDown }));
         }
     }
 

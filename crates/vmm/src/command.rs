@@ -45,11 +45,7 @@ pub(crate) enum Origin {
     /// A kernel; memory is QEMU's own.
     Boot { kernel: OwnedFd, initramfs: OwnedFd },
     /// A kernel; memory is the shared file `ram`.
-    Template {
-        kernel: OwnedFd,
-        initramfs: OwnedFd,
-        ram: OwnedFd,
-    },
+    Template { kernel: OwnedFd, initramfs: OwnedFd, ram: OwnedFd },
     /// A private view of the sealed file `ram`, and the device state in `state`.
     Clone { ram: OwnedFd, state: OwnedFd },
 }
@@ -60,10 +56,7 @@ pub(crate) fn qemu(config: &VmConfig, wires: Wires, origin: Origin) -> Spawn {
     qemu.session = true;
     qemu.death_signal = Some(libc_sigkill());
     qemu.no_huge_pages = true;
-    qemu.identity = Some(Identity {
-        uid: config.uid,
-        groups: kvm_group(config.accel),
-    });
+    qemu.identity = Some(Identity { uid: config.uid, groups: kvm_group(config.accel) });
     machine(&mut qemu, config);
     memory_and_start(&mut qemu, config, origin);
     devices(&mut qemu, wires);
@@ -75,30 +68,15 @@ fn libc_sigkill() -> i32 {
 }
 
 fn machine(qemu: &mut Spawn, config: &VmConfig) {
-    args(
-        qemu,
-        &[
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-        ],
-    );
+    args(qemu, &["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     args(qemu, &["-name", "a3s-box,debug-threads=on"]);
     args(
         qemu,
-        &[
-            "-sandbox",
-            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        ],
+        &["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"],
     );
     args(
         qemu,
-        &[
-            "-machine",
-            "q35,memory-backend=ram,sata=off,smbus=off,hpet=off,vmport=off,i8042=off",
-        ],
+        &["-machine", "q35,memory-backend=ram,sata=off,smbus=off,hpet=off,vmport=off,i8042=off"],
     );
     match config.accel {
         Accel::Kvm => args(qemu, &["-accel", "kvm", "-cpu", "host"]),
@@ -119,33 +97,15 @@ fn memory_and_start(qemu: &mut Spawn, config: &VmConfig, origin: Origin) {
     };
     let boot = |qemu: &mut Spawn, kernel: OwnedFd, initramfs: OwnedFd| {
         qemu.fd(kernel, fd::KERNEL).fd(initramfs, fd::INITRAMFS);
-        args(
-            qemu,
-            &[
-                "-kernel",
-                &path(fd::KERNEL),
-                "-initrd",
-                &path(fd::INITRAMFS),
-            ],
-        );
+        args(qemu, &["-kernel", &path(fd::KERNEL), "-initrd", &path(fd::INITRAMFS)]);
         args(qemu, &["-append", KERNEL_ARGS]);
     };
     match origin {
         Origin::Boot { kernel, initramfs } => {
-            args(
-                qemu,
-                &[
-                    "-object",
-                    &format!("memory-backend-ram,id=ram,size={size}M"),
-                ],
-            );
+            args(qemu, &["-object", &format!("memory-backend-ram,id=ram,size={size}M")]);
             boot(qemu, kernel, initramfs);
         }
-        Origin::Template {
-            kernel,
-            initramfs,
-            ram,
-        } => {
+        Origin::Template { kernel, initramfs, ram } => {
             qemu.fd(ram, fd::RAM);
             args(qemu, &["-object", &file("on")]);
             boot(qemu, kernel, initramfs);
@@ -164,45 +124,18 @@ fn devices(qemu: &mut Spawn, wires: Wires) {
         .fd(wires.console, fd::CONSOLE)
         .fd(wires.tap, fd::TAP)
         .fd(wires.disk, fd::DISK);
-    for (id, number) in [
-        ("qmp", fd::QMP),
-        ("agent", fd::AGENT),
-        ("volumes", fd::VOLUMES),
-        ("console", fd::CONSOLE),
-    ] {
+    for (id, number) in
+        [("qmp", fd::QMP), ("agent", fd::AGENT), ("volumes", fd::VOLUMES), ("console", fd::CONSOLE)]
+    {
         args(qemu, &["-chardev", &format!("socket,id={id},fd={number}")]);
     }
     args(qemu, &["-mon", "chardev=qmp,mode=control"]);
     args(qemu, &["-serial", "chardev:console"]);
-    args(
-        qemu,
-        &["-device", "virtio-serial-pci,id=serial,max_ports=4"],
-    );
-    args(
-        qemu,
-        &[
-            "-device",
-            "virtserialport,bus=serial.0,nr=1,chardev=agent,name=agent",
-        ],
-    );
-    args(
-        qemu,
-        &[
-            "-device",
-            "virtserialport,bus=serial.0,nr=2,chardev=volumes,name=volumes",
-        ],
-    );
-    args(
-        qemu,
-        &["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)],
-    );
-    args(
-        qemu,
-        &[
-            "-device",
-            "virtio-net-pci,netdev=net,mac=02:00:00:00:00:01,romfile=",
-        ],
-    );
+    args(qemu, &["-device", "virtio-serial-pci,id=serial,max_ports=4"]);
+    args(qemu, &["-device", "virtserialport,bus=serial.0,nr=1,chardev=agent,name=agent"]);
+    args(qemu, &["-device", "virtserialport,bus=serial.0,nr=2,chardev=volumes,name=volumes"]);
+    args(qemu, &["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)]);
+    args(qemu, &["-device", "virtio-net-pci,netdev=net,mac=02:00:00:00:00:01,romfile="]);
     args(qemu, &["-add-fd", &format!("fd={},set=1", fd::DISK)]);
     args(
         qemu,
@@ -214,15 +147,7 @@ fn devices(qemu: &mut Spawn, wires: Wires) {
         ],
     );
     args(qemu, &["-device", "vmgenid,guid=auto"]);
-    args(
-        qemu,
-        &[
-            "-object",
-            "rng-builtin,id=rng",
-            "-device",
-            "virtio-rng-pci,rng=rng",
-        ],
-    );
+    args(qemu, &["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]);
 }
 
 fn args(qemu: &mut Spawn, args: &[&str]) {
@@ -238,10 +163,9 @@ fn path(fd: i32) -> String {
 /// The group that may open /dev/kvm, which QEMU does by itself.
 fn kvm_group(accel: Accel) -> Vec<u32> {
     match accel {
-        Accel::Kvm => fs::metadata(Path::new("/dev/kvm"))
-            .map(|meta| meta.gid())
-            .into_iter()
-            .collect(),
+        Accel::Kvm => {
+            fs::metadata(Path::new("/dev/kvm")).map(|meta| meta.gid()).into_iter().collect()
+        }
         Accel::Tcg => Vec::new(),
     }
 }

@@ -9,11 +9,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::Path, process::Command};
 /// # Errors
 /// The file's, or what mkfs.ext4 printed.
 pub fn format(path: &Path, bytes: u64) -> io::Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)?;
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
     file.set_len(bytes)?;
     let output = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"])
@@ -36,11 +32,7 @@ pub fn format(path: &Path, bytes: u64) -> io::Result<File> {
 /// # Errors
 /// The files'.
 pub fn copy_sparse(from: &File, to: &Path) -> io::Result<File> {
-    let target = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(to)?;
+    let target = File::options().read(true).write(true).create_new(true).open(to)?;
     if ioctl_ficlone(&target, from).is_ok() {
         return Ok(target);
     }
@@ -69,9 +61,7 @@ pub(crate) fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Re
     let mut buffer = vec![0; 1 << 20];
     let mut at = start;
     while at < end {
-        let want = usize::try_from(end - at)
-            .unwrap_or(usize::MAX)
-            .min(buffer.len());
+        let want = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
         from.read_exact_at(&mut buffer[..want], at)?;
         to.write_all_at(&buffer[..want], at)?;
         at += want as u64;
@@ -101,10 +91,6 @@ mod tests {
         assert_eq!(&text, b"in the middle");
         let meta = copy.metadata().unwrap();
         assert_eq!(meta.len(), 1 << 30);
-        assert!(
-            meta.blocks() * 512 < 1 << 20,
-            "holes were filled: {} blocks",
-            meta.blocks()
-        );
+        assert!(meta.blocks() * 512 < 1 << 20, "holes were filled: {} blocks", meta.blocks());
     }
 }

@@ -32,11 +32,7 @@ pub enum Stage {
 impl VmmError {
     /// `source` stopped `stage`.
     pub fn new(stage: Stage, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self {
-            stage,
-            console: String::new(),
-            source: source.into(),
-        }
+        Self { stage, console: String::new(), source: source.into() }
     }
 
     /// The same error with what the console said.
@@ -73,11 +69,7 @@ impl fmt::Display for VmmError {
         write!(f, "{}", self.stage)?;
         match self.console.trim() {
             "" => Ok(()),
-            text => write!(
-                f,
-                " (the guest's console ends with: {})",
-                last_lines(text, 6)
-            ),
+            text => write!(f, " (the guest's console ends with: {})", last_lines(text, 6)),
         }
     }
 }
@@ -97,19 +89,11 @@ impl From<VmmError> for io::Error {
 /// What matters most of `text`, joined by " | " because an error is one line of a log: a panic's first
 /// lines, or else the last `count`.
 fn last_lines(text: &str, count: usize) -> String {
-    let lines: Vec<&str> = text
-        .lines()
-        .map(str::trim_end)
-        .filter(|line| !line.is_empty())
-        .collect();
+    let lines: Vec<&str> =
+        text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let panic = lines.iter().position(|line| line.contains("Kernel panic"));
     let first = panic.unwrap_or_else(|| lines.len().saturating_sub(count));
-    lines[first..]
-        .iter()
-        .take(count)
-        .copied()
-        .collect::<Vec<_>>()
-        .join(" | ")
+    lines[first..].iter().take(count).copied().collect::<Vec<_>>().join(" | ")
 }
 
 #[cfg(test)]
@@ -121,9 +105,6 @@ mod tests {
         let trace = "frame\n".repeat(20);
         let console = format!("booting\r\nKernel panic - not syncing: no init\r\n{trace}");
         let error = VmmError::new(Stage::Hello, "gone").with_console(console);
-        assert!(
-            error.to_string().contains("ends with: Kernel panic"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("ends with: Kernel panic"), "{error}");
     }
 }

@@ -44,11 +44,7 @@ impl Qmp {
         stream.set_nonblocking(true)?;
         let (reader, writer) = UnixStream::from_std(stream)?.into_split();
         let lines = BufReader::new(reader).lines();
-        let mut qmp = Self {
-            lines,
-            writer,
-            events: Vec::new(),
-        };
+        let mut qmp = Self { lines, writer, events: Vec::new() };
         qmp.message().await?;
         qmp.execute("qmp_capabilities", json!({})).await?;
         Ok(qmp)
@@ -59,10 +55,7 @@ impl Qmp {
     /// # Errors
     /// The socket's, or `Other` with QEMU's own words.
     pub async fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
-        let line = format!(
-            "{}\n",
-            json!({ "execute": command, "arguments": arguments })
-        );
+        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.writer.write_all(line.as_bytes()).await?;
         self.answer(command).await
     }
@@ -72,16 +65,11 @@ impl Qmp {
     /// # Errors
     /// The socket's, or `Other` with QEMU's own words.
     pub async fn give_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let line = format!(
-            "{}\n",
-            json!({ "execute": "getfd", "arguments": { "fdname": name } })
-        );
+        let line = format!("{}\n", json!({ "execute": "getfd", "arguments": { "fdname": name } }));
         let stream: &UnixStream = self.writer.as_ref();
         loop {
             stream.writable().await?;
-            match stream.try_io(Interest::WRITABLE, || {
-                send_with_fd(stream, line.as_bytes(), fd)
-            }) {
+            match stream.try_io(Interest::WRITABLE, || send_with_fd(stream, line.as_bytes(), fd)) {
                 Ok(sent) if sent == line.len() => break,
                 Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
@@ -100,9 +88,7 @@ impl Qmp {
             } else if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             } else {
-                let why = message["error"]["desc"]
-                    .as_str()
-                    .unwrap_or("no reason given");
+                let why = message["error"]["desc"].as_str().unwrap_or("no reason given");
                 return Err(io::Error::other(format!("QEMU refused {command}: {why}")));
             }
         }
@@ -140,10 +126,9 @@ impl Qmp {
     async fn message(&mut self) -> io::Result<Value> {
         match self.lines.next_line().await? {
             Some(line) => Ok(serde_json::from_str(&line)?),
-            None => Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "QEMU closed its control socket",
-            )),
+            None => {
+                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "QEMU closed its control socket"))
+            }
         }
     }
 }
@@ -153,10 +138,5 @@ fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Re
     let mut message = SendAncillaryBuffer::new(&mut space);
     let fds = [fd];
     message.push(SendAncillaryMessage::ScmRights(&fds));
-    Ok(sendmsg(
-        stream,
-        &[IoSlice::new(bytes)],
-        &mut message,
-        SendFlags::empty(),
-    )?)
+    Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut message, SendFlags::empty())?)
 }

@@ -82,24 +82,12 @@ pub fn key(config: &TemplateConfig) -> io::Result<String> {
         .output()
         .map_err(|err| io::Error::new(err.kind(), format!("{}: {err}", config.qemu.display())))?;
     hash.update(&version.stdout);
-    hash.update(format!(
-        "{:?} {:?} {}",
-        config.accel, config.size, config.disk_bytes
-    ));
+    hash.update(format!("{:?} {:?} {}", config.accel, config.size, config.disk_bytes));
     // Device state of one CPU model does not load on another.
     let model = fs::read_to_string("/proc/cpuinfo")?;
-    hash.update(
-        model
-            .lines()
-            .find(|line| line.starts_with("model name"))
-            .unwrap_or_default(),
-    );
-    let digest: String = hash
-        .finalize()
-        .iter()
-        .take(16)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    hash.update(model.lines().find(|line| line.starts_with("model name")).unwrap_or_default());
+    let digest: String =
+        hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
     Ok(digest)
 }
 
@@ -114,10 +102,7 @@ where
     R: Future<Output = io::Result<Vec<u8>>>,
 {
     let parent = config.dir.parent().ok_or_else(|| {
-        VmmError::new(
-            Stage::Prepare,
-            format!("{} is no template folder", config.dir.display()),
-        )
+        VmmError::new(Stage::Prepare, format!("{} is no template folder", config.dir.display()))
     })?;
     fs::create_dir_all(parent).map_err(at(Stage::Prepare))?;
     let work = tempfile::Builder::new()
@@ -143,28 +128,17 @@ where
     R: Future<Output = io::Result<Vec<u8>>>,
 {
     let disk = disk::format(&dir.join(DISK_FILE), config.disk_bytes).map_err(at(Stage::Prepare))?;
-    let ram = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(dir.join(RAM_FILE));
+    let ram = File::options().read(true).write(true).create_new(true).open(dir.join(RAM_FILE));
     let ram = ram.map_err(at(Stage::Prepare))?;
     // QEMU opens it again by /proc/self/fd as its own user.
     std::os::unix::fs::fchown(&ram, Some(config.uid), None).map_err(at(Stage::Prepare))?;
-    ram.set_len(u64::from(config.size.memory_mb) << 20)
-        .map_err(at(Stage::Prepare))?;
-    let state = File::options()
-        .write(true)
-        .create_new(true)
-        .open(dir.join(STATE_FILE));
+    ram.set_len(u64::from(config.size.memory_mb) << 20).map_err(at(Stage::Prepare))?;
+    let state = File::options().write(true).create_new(true).open(dir.join(STATE_FILE));
     let state = state.map_err(at(Stage::Prepare))?;
     let vm_config = VmConfig {
         qemu: config.qemu.clone(),
         accel: config.accel,
-        start: Start::Boot {
-            kernel: config.kernel.clone(),
-            initramfs: config.initramfs.clone(),
-        },
+        start: Start::Boot { kernel: config.kernel.clone(), initramfs: config.initramfs.clone() },
         size: config.size,
         uid: config.uid,
     };
@@ -203,9 +177,7 @@ where
     let both = async {
         tokio::try_join!(
             async {
-                volumes(streams.volumes)
-                    .await
-                    .map_err(|err| (Stage::Hello, Failed::from_io(err)))
+                volumes(streams.volumes).await.map_err(|err| (Stage::Hello, Failed::from_io(err)))
             },
             async {
                 vm::wait_hello(&mut agent, BOOT_DEADLINE)
@@ -240,12 +212,7 @@ async fn save(vm: &mut Vm, state: &File) -> io::Result<()> {
     vm::skip_shared_memory(&mut vm.qmp).await?;
     vm.qmp.execute("stop", serde_json::json!({})).await?;
     vm.qmp.give_fd(STATE_FILE, state.as_fd()).await?;
-    vm.qmp
-        .execute(
-            "migrate",
-            serde_json::json!({ "uri": format!("fd:{STATE_FILE}") }),
-        )
-        .await?;
+    vm.qmp.execute("migrate", serde_json::json!({ "uri": format!("fd:{STATE_FILE}") })).await?;
     vm.qmp.migration_ended().await
 }
 
@@ -271,10 +238,7 @@ impl Template {
             offset = end;
         }
         memfd::seal(&ram)?;
-        Ok(Self {
-            dir: dir.to_owned(),
-            ram,
-        })
+        Ok(Self { dir: dir.to_owned(), ram })
     }
 
     /// The folder.

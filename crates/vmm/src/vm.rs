@@ -74,10 +74,9 @@ impl Vm {
     /// The stage that failed, with the console's tail. Nothing is left running.
     pub async fn start(parts: VmParts) -> Result<(Self, VmStreams), VmmError> {
         let origin = match &parts.config.start {
-            Start::Boot { kernel, initramfs } => Origin::Boot {
-                kernel: open(kernel)?.into(),
-                initramfs: open(initramfs)?.into(),
-            },
+            Start::Boot { kernel, initramfs } => {
+                Origin::Boot { kernel: open(kernel)?.into(), initramfs: open(initramfs)?.into() }
+            }
             Start::Clone { template } => Origin::Clone {
                 ram: parts.template_ram.ok_or_else(|| {
                     VmmError::new(Stage::Prepare, "a clone needs its template's memory")
@@ -86,14 +85,8 @@ impl Vm {
             },
         };
         let is_clone = matches!(parts.config.start, Start::Clone { .. });
-        let (mut vm, streams) = Self::spawn(
-            &parts.config,
-            origin,
-            parts.disk,
-            parts.tap,
-            parts.console_file,
-        )
-        .await?;
+        let (mut vm, streams) =
+            Self::spawn(&parts.config, origin, parts.disk, parts.tap, parts.console_file).await?;
         if is_clone && let Err(err) = vm.load().await {
             return Err(vm.failed(Stage::Load, err).await);
         }
@@ -218,10 +211,7 @@ impl Vm {
     async fn load(&mut self) -> io::Result<()> {
         skip_shared_memory(&mut self.qmp).await?;
         self.qmp
-            .execute(
-                "migrate-incoming",
-                serde_json::json!({ "uri": command::STATE_URI }),
-            )
+            .execute("migrate-incoming", serde_json::json!({ "uri": command::STATE_URI }))
             .await?;
         self.qmp.migration_ended().await?;
         self.qmp.execute("cont", serde_json::json!({})).await?;
@@ -233,11 +223,7 @@ impl Vm {
 pub(crate) async fn skip_shared_memory(qmp: &mut Qmp) -> io::Result<()> {
     let capability = |name| serde_json::json!({ "capability": name, "state": true });
     let both = [capability("x-ignore-shared"), capability("events")];
-    qmp.execute(
-        "migrate-set-capabilities",
-        serde_json::json!({ "capabilities": both }),
-    )
-    .await?;
+    qmp.execute("migrate-set-capabilities", serde_json::json!({ "capabilities": both })).await?;
     Ok(())
 }
 

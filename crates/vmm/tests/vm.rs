@@ -57,11 +57,7 @@ impl Guest {
 
 fn run(command: &mut Command) {
     let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A tap in a network namespace that only its descriptor keeps alive.
@@ -79,20 +75,14 @@ fn vm_config(start: Start) -> VmConfig {
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         accel: Accel::Tcg,
         start,
-        size: VmSize {
-            vcpus: 1,
-            memory_mb: 256,
-        },
+        size: VmSize { vcpus: 1, memory_mb: 256 },
         uid: UID,
     }
 }
 
 fn boot_config() -> VmConfig {
     let guest = Guest::get();
-    vm_config(Start::Boot {
-        kernel: guest.path("vmlinuz"),
-        initramfs: guest.path("initramfs"),
-    })
+    vm_config(Start::Boot { kernel: guest.path("vmlinuz"), initramfs: guest.path("initramfs") })
 }
 
 async fn built_template(dir: &Path) -> Template {
@@ -102,17 +92,12 @@ async fn built_template(dir: &Path) -> Template {
         accel: Accel::Tcg,
         kernel: guest.path("vmlinuz"),
         initramfs: guest.path("initramfs"),
-        size: VmSize {
-            vcpus: 1,
-            memory_mb: 256,
-        },
+        size: VmSize { vcpus: 1, memory_mb: 256 },
         uid: UID,
         disk_bytes: DISK,
         dir: dir.join("template"),
     };
-    template::build(&config, tap(), |_volumes| async { Ok(b"init".to_vec()) })
-        .await
-        .unwrap();
+    template::build(&config, tap(), |_volumes| async { Ok(b"init".to_vec()) }).await.unwrap();
     Template::open(&config.dir).unwrap()
 }
 
@@ -136,16 +121,9 @@ async fn start(
 async fn clone_of(template: &Template, dir: &Path, name: &str) -> (Vm, UnixStream) {
     let disk = fs::File::open(template.dir().join(template::DISK_FILE)).unwrap();
     let disk = disk::copy_sparse(&disk, &dir.join(name)).unwrap();
-    let start_as = Start::Clone {
-        template: template.dir().to_owned(),
-    };
-    let (vm, mut agent) = start(
-        vm_config(start_as),
-        disk,
-        Some(template.ram().unwrap()),
-        dir,
-    )
-    .await;
+    let start_as = Start::Clone { template: template.dir().to_owned() };
+    let (vm, mut agent) =
+        start(vm_config(start_as), disk, Some(template.ram().unwrap()), dir).await;
     wait_hello(&mut agent, DEADLINE).await.unwrap();
     (vm, agent)
 }
@@ -197,25 +175,16 @@ async fn a_guest_that_cannot_start_is_an_error_with_its_last_words() {
         accel: Accel::Tcg,
         kernel,
         initramfs: empty,
-        size: VmSize {
-            vcpus: 1,
-            memory_mb: 256,
-        },
+        size: VmSize { vcpus: 1, memory_mb: 256 },
         uid: UID,
         disk_bytes: DISK,
         dir: dir.path().join("template"),
     };
-    let err = template::build(&config, tap(), |_volumes| std::future::pending())
-        .await
-        .unwrap_err();
+    let err = template::build(&config, tap(), |_volumes| std::future::pending()).await.unwrap_err();
     assert_eq!(err.stage, Stage::Hello);
     assert!(err.to_string().contains("panic"), "{err}");
     assert!(!config.dir.exists());
-    assert_eq!(
-        fs::read_dir(dir.path()).unwrap().count(),
-        1,
-        "a half-built template was left"
-    );
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a half-built template was left");
 }
 
 #[tokio::test]
@@ -223,10 +192,7 @@ async fn qemu_does_not_run_as_root() {
     let dir = tempfile::tempdir().unwrap();
     let disk = disk::format(&dir.path().join("disk"), DISK).unwrap();
     let parts = VmParts {
-        config: VmConfig {
-            uid: 0,
-            ..boot_config()
-        },
+        config: VmConfig { uid: 0, ..boot_config() },
         disk,
         tap: tap(),
         template_ram: None,
@@ -239,15 +205,9 @@ async fn qemu_does_not_run_as_root() {
 async fn what_qemu_complains_about_is_in_the_error() {
     let dir = tempfile::tempdir().unwrap();
     let disk = disk::format(&dir.path().join("disk"), DISK).unwrap();
-    let size = VmSize {
-        vcpus: 5000,
-        memory_mb: 256,
-    };
+    let size = VmSize { vcpus: 5000, memory_mb: 256 };
     let parts = VmParts {
-        config: VmConfig {
-            size,
-            ..boot_config()
-        },
+        config: VmConfig { size, ..boot_config() },
         disk,
         tap: tap(),
         template_ram: None,
@@ -274,9 +234,5 @@ fn digest(template: &Template) -> Vec<u8> {
     let ram = template.ram().unwrap();
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&ram));
     let ram = fs::File::open(path).unwrap();
-    Command::new("sha256sum")
-        .stdin(ram)
-        .output()
-        .unwrap()
-        .stdout
+    Command::new("sha256sum").stdin(ram).output().unwrap().stdout
 }

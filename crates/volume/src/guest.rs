@@ -31,24 +31,14 @@ const READ_AHEAD_KIB: usize = wire::MAX_WRITE >> 10;
 /// Mounts the share at `target` and returns the descriptor to give to [`pump`]. Nothing can be
 /// read from it until the pump runs; the kernel's FUSE_INIT is already queued.
 pub fn mount(target: &Path) -> io::Result<OwnedFd> {
-    let fuse: OwnedFd = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")?
-        .into();
+    let fuse: OwnedFd = File::options().read(true).write(true).open("/dev/fuse")?.into();
     let options = format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={}",
         fuse.as_raw_fd(),
         wire::MAX_WRITE
     );
     let options = CString::new(options)?;
-    rustix::mount::mount(
-        "a3s-box",
-        target,
-        "fuse",
-        MountFlags::empty(),
-        options.as_c_str(),
-    )?;
+    rustix::mount::mount("a3s-box", target, "fuse", MountFlags::empty(), options.as_c_str())?;
     match read_ahead(target) {
         // Slower, not wrong: /proc or /sys is not mounted here.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -69,31 +59,24 @@ fn read_ahead(target: &Path) -> io::Result<()> {
             (Path::new(fields.nth(1)?) == target).then_some(device)
         })
         .ok_or(io::ErrorKind::NotFound)?;
-    std::fs::write(
-        format!("/sys/class/bdi/{device}/read_ahead_kb"),
-        READ_AHEAD_KIB.to_string(),
-    )
+    std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD_KIB.to_string())
 }
 
 /// Carries messages until the share is unmounted. `port` must block on reads and may hang up and
 /// be connected again at any time; it stays open after the return.
 pub fn pump(fuse: OwnedFd, port: File) -> io::Result<()> {
-    let link = Arc::new(Link {
-        fuse: File::from(fuse),
-        port,
-        unanswered: Mutex::new(HashSet::new()),
-    });
+    let link =
+        Arc::new(Link { fuse: File::from(fuse), port, unanswered: Mutex::new(HashSet::new()) });
     let replies = Arc::clone(&link);
-    std::thread::Builder::new()
-        .name("share-replies".to_owned())
-        .stack_size(STACK)
-        .spawn(move || {
+    std::thread::Builder::new().name("share-replies".to_owned()).stack_size(STACK).spawn(
+        move || {
             // An error here is the port's end (hot-unplug) or a host that breaks the protocol:
             // nothing can be answered any more, so let waiting requests know.
             if carry_replies(&replies).is_err() {
                 replies.fail_all();
             }
-        })?;
+        },
+    )?;
     carry_requests(&link)
 }
 
@@ -106,19 +89,13 @@ struct Link {
 
 impl Link {
     fn unanswered(&self) -> std::sync::MutexGuard<'_, HashSet<u64>> {
-        self.unanswered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers `unique` with EIO unless somebody else has answered it.
     fn fail(&self, unique: u64) {
         if self.unanswered().remove(&unique) {
-            self.answer(&wire::out_header(
-                OUT_HEADER,
-                -Errno::IO.raw_os_error(),
-                unique,
-            ));
+            self.answer(&wire::out_header(OUT_HEADER, -Errno::IO.raw_os_error(), unique));
         }
     }
 
@@ -164,10 +141,7 @@ impl Edges {
 
 /// The port's state; without a `timeout` it waits for one of `wanted` or a hang-up.
 fn state(port: &File, wanted: PollFlags, timeout: Option<i64>) -> io::Result<PollFlags> {
-    let timeout = timeout.map(|seconds| rustix::event::Timespec {
-        tv_sec: seconds,
-        tv_nsec: 0,
-    });
+    let timeout = timeout.map(|seconds| rustix::event::Timespec { tv_sec: seconds, tv_nsec: 0 });
     loop {
         let mut set = [PollFd::new(port, wanted)];
         match poll(&mut set, timeout.as_ref()) {
@@ -293,7 +267,5 @@ fn notify(
             queue.insert(sender)
         }
     };
-    sender
-        .send(message.to_vec())
-        .map_err(|_| io::ErrorKind::BrokenPipe.into())
+    sender.send(message.to_vec()).map_err(|_| io::ErrorKind::BrokenPipe.into())
 }

@@ -15,26 +15,17 @@ pub const IN_HEADER: usize = 40;
 #[cfg(feature = "guest")]
 pub fn is_answered(opcode: u32) -> bool {
     use opcode::{BATCH_FORGET, DESTROY, FORGET, INTERRUPT, NOTIFY_REPLY};
-    !matches!(
-        opcode,
-        FORGET | BATCH_FORGET | INTERRUPT | NOTIFY_REPLY | DESTROY
-    )
+    !matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT | NOTIFY_REPLY | DESTROY)
 }
 
 /// The number at `at`; 0 when the bytes end before it.
 pub fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..at + 4)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u32::from_ne_bytes)
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
 /// The number at `at`; 0 when the bytes end before it.
 pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..at + 8)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u64::from_ne_bytes)
+    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes)
 }
 
 /// `struct fuse_out_header`.

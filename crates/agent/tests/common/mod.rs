@@ -41,11 +41,7 @@ fn cgroup_root() -> PathBuf {
 
 pub fn run(command: &mut Command) {
     let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A root with busybox, users and groups; `change` may alter it before it becomes a layer.
@@ -53,24 +49,12 @@ pub fn make_layer(blob: &Path, change: impl FnOnce(&Path)) {
     fs::create_dir_all(blob.parent().unwrap()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     change(dir.path());
-    run(Command::new("mkfs.erofs")
-        .arg("-Enoinline_data")
-        .arg(blob)
-        .arg(dir.path()));
+    run(Command::new("mkfs.erofs").arg("-Enoinline_data").arg(blob).arg(dir.path()));
 }
 
 /// What most tests run in.
 pub fn base(root: &Path) {
-    for dir in [
-        "bin",
-        "etc",
-        "proc",
-        "sys",
-        "dev",
-        "tmp",
-        "root",
-        "home/user",
-    ] {
+    for dir in ["bin", "etc", "proc", "sys", "dev", "tmp", "root", "home/user"] {
         fs::create_dir_all(root.join(dir)).unwrap();
     }
     fs::copy("/usr/bin/busybox", root.join("bin/busybox")).unwrap();
@@ -84,11 +68,7 @@ pub fn base(root: &Path) {
     }
     let passwd = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n";
     fs::write(root.join("etc/passwd"), passwd).unwrap();
-    fs::write(
-        root.join("etc/group"),
-        "root:x:0:\nuser:x:1000:\nextra:x:2000:user\n",
-    )
-    .unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\nextra:x:2000:user\n").unwrap();
     fs::write(root.join("etc/plain"), "no program").unwrap();
     fs::write(root.join("bin/garbage"), "\u{7f}garbage").unwrap();
     use std::os::unix::fs::PermissionsExt;
@@ -143,12 +123,7 @@ impl Sandbox {
         drop(theirs);
         ours.set_nonblocking(true).unwrap();
         let client = connect(tokio::net::UnixStream::from_std(ours).unwrap()).await;
-        Self {
-            calls: Calls(client),
-            dir,
-            cgroups,
-            agent,
-        }
+        Self { calls: Calls(client), dir, cgroups, agent }
     }
 
     /// An agent whose sandbox is configured.
@@ -156,10 +131,7 @@ impl Sandbox {
         let mut sandbox = Self::unconfigured().await;
         let request = api::ConfigureSandboxRequest {
             hostname: "pod".into(),
-            dns: Some(api::Dns {
-                servers: vec!["10.9.8.7".into()],
-                ..api::Dns::default()
-            }),
+            dns: Some(api::Dns { servers: vec!["10.9.8.7".into()], ..api::Dns::default() }),
             shared_pid_namespace: true,
             ..api::ConfigureSandboxRequest::default()
         };
@@ -176,30 +148,21 @@ impl Sandbox {
 
     /// Hangs up and returns once the agent has ended; panics when it left something.
     pub async fn end(mut self) {
-        self.calls = Calls(AgentClient::new(
-            Endpoint::from_static("http://nowhere").connect_lazy(),
-        ));
+        self.calls =
+            Calls(AgentClient::new(Endpoint::from_static("http://nowhere").connect_lazy()));
         let deadline = std::time::Instant::now() + DEADLINE;
         let status = loop {
             if let Some(status) = self.agent.try_wait().unwrap() {
                 break status;
             }
-            assert!(
-                std::time::Instant::now() < deadline,
-                "the agent does not end"
-            );
+            assert!(std::time::Instant::now() < deadline, "the agent does not end");
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
         assert!(status.success(), "{status}");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let here = self.dir.path().to_str().unwrap();
         assert!(!mounts.contains(here), "mounts are left: {mounts}");
-        assert_eq!(
-            fs::read_dir(self.dir.path().join("scratch"))
-                .unwrap()
-                .count(),
-            0
-        );
+        assert_eq!(fs::read_dir(self.dir.path().join("scratch")).unwrap().count(), 0);
         fs::remove_dir(&self.cgroups).unwrap();
     }
 }
@@ -331,9 +294,7 @@ pub struct Said {
 pub struct Calls(pub AgentClient<Channel>);
 
 pub async fn within<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, work)
-        .await
-        .expect("deadline")
+    tokio::time::timeout(DEADLINE, work).await.expect("deadline")
 }
 
 impl Calls {
@@ -343,27 +304,19 @@ impl Calls {
     ) -> Result<api::CreateContainerResponse, tonic::Status> {
         let mut request = wanted.request;
         request.oci_spec = wanted.spec.to_string().into();
-        within(self.0.create_container(request))
-            .await
-            .map(tonic::Response::into_inner)
+        within(self.0.create_container(request)).await.map(tonic::Response::into_inner)
     }
 
     pub async fn start(
         &mut self,
         number: u32,
     ) -> Result<api::StartContainerResponse, tonic::Status> {
-        let request = api::StartContainerRequest {
-            container_id: id(number),
-        };
-        within(self.0.start_container(request))
-            .await
-            .map(tonic::Response::into_inner)
+        let request = api::StartContainerRequest { container_id: id(number) };
+        within(self.0.start_container(request)).await.map(tonic::Response::into_inner)
     }
 
     pub async fn remove(&mut self, number: u32) -> Result<(), tonic::Status> {
-        let request = api::RemoveContainerRequest {
-            container_id: id(number),
-        };
+        let request = api::RemoveContainerRequest { container_id: id(number) };
         within(self.0.remove_container(request)).await.map(drop)
     }
 
@@ -373,11 +326,7 @@ impl Calls {
         signal: u32,
         all: bool,
     ) -> Result<(), tonic::Status> {
-        let request = api::SignalContainerRequest {
-            container_id: id(number),
-            signal,
-            all,
-        };
+        let request = api::SignalContainerRequest { container_id: id(number), signal, all };
         within(self.0.signal_container(request)).await.map(drop)
     }
 
@@ -388,16 +337,11 @@ impl Calls {
     ) -> (mpsc::Sender<api::IoInput>, Streaming<api::IoOutput>) {
         let (sender, receiver) = mpsc::channel(16);
         sender
-            .send(api::IoInput {
-                container_id: id(number),
-                ..api::IoInput::default()
-            })
+            .send(api::IoInput { container_id: id(number), ..api::IoInput::default() })
             .await
             .unwrap();
-        let outputs = within(self.0.container_io(ReceiverStream::new(receiver)))
-            .await
-            .unwrap()
-            .into_inner();
+        let outputs =
+            within(self.0.container_io(ReceiverStream::new(receiver))).await.unwrap().into_inner();
         (sender, outputs)
     }
 
@@ -416,10 +360,7 @@ impl Calls {
 
     /// Waits for the exit event.
     pub async fn exit_of(&mut self, number: u32) -> api::Exit {
-        let mut events = within(self.0.events(api::EventsRequest {}))
-            .await
-            .unwrap()
-            .into_inner();
+        let mut events = within(self.0.events(api::EventsRequest {})).await.unwrap().into_inner();
         loop {
             let event = within(events.message()).await.unwrap().unwrap();
             if let Some(event::Kind::ContainerExited(exited)) = event.kind
@@ -436,15 +377,8 @@ impl Calls {
         start: api::ExecStart,
     ) -> Result<(mpsc::Sender<api::ExecInput>, Streaming<api::ExecOutput>), tonic::Status> {
         let (sender, receiver) = mpsc::channel(16);
-        sender
-            .send(api::ExecInput {
-                kind: Some(exec_input::Kind::Start(start)),
-            })
-            .await
-            .unwrap();
-        let outputs = within(self.0.exec(ReceiverStream::new(receiver)))
-            .await?
-            .into_inner();
+        sender.send(api::ExecInput { kind: Some(exec_input::Kind::Start(start)) }).await.unwrap();
+        let outputs = within(self.0.exec(ReceiverStream::new(receiver))).await?.into_inner();
         Ok((sender, outputs))
     }
 
@@ -472,11 +406,7 @@ pub async fn read_io(outputs: &mut Streaming<api::IoOutput>) -> Said {
         }
     }
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    Said {
-        stdout: text(stdout),
-        stderr: text(stderr),
-        exit: api::Exit::default(),
-    }
+    Said { stdout: text(stdout), stderr: text(stderr), exit: api::Exit::default() }
 }
 
 pub async fn read_exec(outputs: &mut Streaming<api::ExecOutput>) -> Result<Said, tonic::Status> {
@@ -497,10 +427,7 @@ pub async fn read_exec(outputs: &mut Streaming<api::ExecOutput>) -> Result<Said,
 pub async fn read_io_until(outputs: &mut Streaming<api::IoOutput>, word: &str) -> Said {
     let mut said = Said::default();
     while !said.stdout.contains(word) {
-        let message = within(outputs.message())
-            .await
-            .unwrap()
-            .expect("the end came first");
+        let message = within(outputs.message()).await.unwrap().expect("the end came first");
         match message.kind.unwrap() {
             io_output::Kind::Stdout(bytes) => said.stdout += &String::from_utf8_lossy(&bytes),
             io_output::Kind::Stderr(bytes) => said.stderr += &String::from_utf8_lossy(&bytes),
@@ -513,10 +440,7 @@ pub async fn read_io_until(outputs: &mut Streaming<api::IoOutput>, word: &str) -
 pub async fn read_until(outputs: &mut Streaming<api::ExecOutput>, word: &str) -> String {
     let mut all = String::new();
     while !all.contains(word) {
-        let message = within(outputs.message())
-            .await
-            .unwrap()
-            .expect("the end came first");
+        let message = within(outputs.message()).await.unwrap().expect("the end came first");
         if let Some(exec_output::Kind::Stdout(bytes)) = message.kind {
             all += &String::from_utf8_lossy(&bytes);
         }

@@ -19,22 +19,17 @@ impl Numbers {
     const DEVICES: usize = 1 << 15;
 
     pub fn new() -> Self {
-        Self {
-            devices: Mutex::new(Vec::new()),
-        }
+        Self { devices: Mutex::new(Vec::new()) }
     }
 
     pub fn number(&self, device: (u32, u32), inode: u64) -> u64 {
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = devices
-            .iter()
-            .position(|known| *known == device)
-            .or_else(|| {
-                (devices.len() < Self::DEVICES).then(|| {
-                    devices.push(device);
-                    devices.len() - 1
-                })
-            });
+        let place = devices.iter().position(|known| *known == device).or_else(|| {
+            (devices.len() < Self::DEVICES).then(|| {
+                devices.push(device);
+                devices.len() - 1
+            })
+        });
         match place {
             Some(place) if inode >> Self::LOWER == 0 => (place as u64) << Self::LOWER | inode,
             _ => {

@@ -22,20 +22,14 @@ use std::path::Path;
 const MAX_DESCRIPTORS: u64 = 1 << 20;
 
 fn failed<E: Into<std::io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
-    move |error| Error::Confine {
-        step,
-        source: error.into(),
-    }
+    move |error| Error::Confine { step, source: error.into() }
 }
 
 /// Raises the limit of open files as far as allowed, and says how far that is.
 pub fn descriptors() -> Result<usize> {
     let hard = rustix::process::getrlimit(Resource::Nofile).maximum;
     let limit = hard.unwrap_or(MAX_DESCRIPTORS).min(MAX_DESCRIPTORS);
-    let raised = Rlimit {
-        current: Some(limit),
-        maximum: hard,
-    };
+    let raised = Rlimit { current: Some(limit), maximum: hard };
     rustix::process::setrlimit(Resource::Nofile, raised).map_err(failed("raise RLIMIT_NOFILE"))?;
     Ok(limit as usize)
 }
@@ -65,10 +59,7 @@ pub fn enter(root: &Path) -> Result<Inside> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root =
         rustix::fs::openat(CWD, "/", flags, Mode::empty()).map_err(failed("open the share"))?;
-    let read_only = Change {
-        set: flag::RDONLY,
-        ..Change::default()
-    };
+    let read_only = Change { set: flag::RDONLY, ..Change::default() };
     mount_attr::change(root.as_fd(), read_only).map_err(failed("make the root read-only"))?;
     rustix::process::fchdir(&descriptors).map_err(failed("enter /proc/self/fd"))?;
     rustix::process::umask(Mode::empty()); // the guest has applied its own

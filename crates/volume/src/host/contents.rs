@@ -73,11 +73,8 @@ impl Worker<'_> {
         let mut filled = 0;
         // A read that ends early means the file's end to the guest.
         while filled < size {
-            match rustix::io::pread(
-                file,
-                &mut room[filled..],
-                offset.saturating_add(filled as u64),
-            ) {
+            match rustix::io::pread(file, &mut room[filled..], offset.saturating_add(filled as u64))
+            {
                 Ok(0) => break,
                 Ok(count) => filled += count,
                 Err(Errno::INTR) => {}
@@ -103,11 +100,7 @@ impl Worker<'_> {
         // The end of the file is where the host says it is. What comes from the guest's cache (a
         // mapping) has its place already.
         let append = flags.contains(OFlags::APPEND) && write_flags & WRITE_CACHE == 0;
-        let how = if append {
-            ReadWriteFlags::APPEND
-        } else {
-            ReadWriteFlags::empty()
-        };
+        let how = if append { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
         let kill = write_flags & WRITE_KILL_SUIDGID != 0;
         let written = self.without_fsetid(kill, || {
             rustix::io::pwritev2(file, &[IoSlice::new(data)], offset, how)

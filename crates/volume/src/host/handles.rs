@@ -33,13 +33,7 @@ pub struct Handles {
 
 impl Handles {
     pub fn new(limit: usize) -> Self {
-        Self {
-            table: Mutex::new(Table {
-                open: HashMap::new(),
-                next: 1,
-            }),
-            limit,
-        }
+        Self { table: Mutex::new(Table { open: HashMap::new(), next: 1 }), limit }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -48,11 +42,7 @@ impl Handles {
 
     /// ENFILE when the table is full.
     pub fn check_room(&self) -> Answer {
-        if self.table().open.len() < self.limit {
-            Ok(())
-        } else {
-            Err(Errno::NFILE)
-        }
+        if self.table().open.len() < self.limit { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     pub fn insert(&self, handle: Handle) -> u64 {

@@ -175,10 +175,7 @@ mod tests {
     fn an_answer_never_grows_beyond_its_buffer() {
         let mut reply = Reply::new();
         assert!(reply.room(MAX_MESSAGE - OUT_HEADER).is_ok());
-        assert_eq!(
-            reply.room(MAX_MESSAGE - OUT_HEADER + 1).err(),
-            Some(Errno::INVAL)
-        );
+        assert_eq!(reply.room(MAX_MESSAGE - OUT_HEADER + 1).err(), Some(Errno::INVAL));
         assert_eq!(reply.room(usize::MAX).err(), Some(Errno::INVAL));
         reply.took(usize::MAX / 2);
         assert_eq!(reply.finish(1, Ok(())).len(), MAX_MESSAGE);

@@ -95,13 +95,7 @@ impl Worker<'_> {
 
     pub fn statfs(&self, request: &Request<'_>, reply: &mut Reply) -> Answer {
         let stat = rustix::fs::fstatvfs(&self.node(request)?.fd)?;
-        for number in [
-            stat.f_blocks,
-            stat.f_bfree,
-            stat.f_bavail,
-            stat.f_files,
-            stat.f_ffree,
-        ] {
+        for number in [stat.f_blocks, stat.f_bfree, stat.f_bavail, stat.f_files, stat.f_ffree] {
             reply.u64(number)?;
         }
         for number in [stat.f_bsize, stat.f_namemax, stat.f_frsize] {

@@ -151,13 +151,9 @@ impl Worker<'_> {
         self.files.handles.check_room()?;
         let new = OFlags::TMPFILE | OFlags::CLOEXEC;
         let keep_unnamed = OFlags::from_bits_retain(flags & OFlags::EXCL.bits());
-        let file = rustix::fs::openat(
-            &parent.fd,
-            ".",
-            open_flags(flags) | new | keep_unnamed,
-            mode,
-        )
-        .map_err(super::nodes::no_room)?;
+        let file =
+            rustix::fs::openat(&parent.fd, ".", open_flags(flags) | new | keep_unnamed, mode)
+                .map_err(super::nodes::no_room)?;
         self.created(&parent, file, flags, reply)
     }
 

@@ -48,11 +48,7 @@ impl Node {
 
     /// EROFS unless it may be changed.
     pub fn check_writable(&self) -> Answer {
-        if self.writable {
-            Ok(())
-        } else {
-            Err(Errno::ROFS)
-        }
+        if self.writable { Ok(()) } else { Err(Errno::ROFS) }
     }
 }
 
@@ -88,11 +84,7 @@ impl Nodes {
             writable: false,
             mount: stat.stx_mnt_id,
         };
-        let entry = Entry {
-            node: Arc::new(node),
-            key: key(&stat),
-            lookups: 1,
-        };
+        let entry = Entry { node: Arc::new(node), key: key(&stat), lookups: 1 };
         Ok(Self {
             table: Mutex::new(Table {
                 by_key: HashMap::from([(entry.key, ROOT)]),
@@ -141,11 +133,7 @@ impl Nodes {
 
     /// ENFILE when the table is full.
     pub fn check_room(&self) -> Answer {
-        if self.table().by_number.len() < self.limit {
-            Ok(())
-        } else {
-            Err(Errno::NFILE)
-        }
+        if self.table().by_number.len() < self.limit { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     fn insert(&self, parent: &Node, zone: Zone, fd: OwnedFd) -> Answer<(u64, Arc<Node>, Statx)> {
@@ -176,11 +164,7 @@ impl Nodes {
             mount,
         });
         table.by_key.insert(key, number);
-        let entry = Entry {
-            node: Arc::clone(&node),
-            key,
-            lookups: 1,
-        };
+        let entry = Entry { node: Arc::clone(&node), key, lookups: 1 };
         table.by_number.insert(number, entry);
         Ok((number, node, stat))
     }
@@ -215,12 +199,7 @@ impl Nodes {
 }
 
 fn key(stat: &Statx) -> Key {
-    (
-        stat.stx_dev_major,
-        stat.stx_dev_minor,
-        stat.stx_ino,
-        stat.stx_mnt_id,
-    )
+    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, stat.stx_mnt_id)
 }
 
 fn is_read_only(fd: &impl AsFd) -> Answer<bool> {
@@ -230,9 +209,5 @@ fn is_read_only(fd: &impl AsFd) -> Answer<bool> {
 
 /// The server's own limit is the share's, as far as the guest is concerned.
 pub fn no_room(error: Errno) -> Errno {
-    if error == Errno::MFILE {
-        Errno::NFILE
-    } else {
-        error
-    }
+    if error == Errno::MFILE { Errno::NFILE } else { error }
 }

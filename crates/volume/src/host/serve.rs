@@ -33,34 +33,22 @@ pub fn serve(root: &Path, stream: UnixStream, init: Option<Vec<u8>>) -> Result<(
         None => false,
         Some(init) if init::answer(&init).is_some() => true,
         Some(_) => {
-            return Err(Error::Protocol(
-                "the message answered before is no FUSE_INIT",
-            ));
+            return Err(Error::Protocol("the message answered before is no FUSE_INIT"));
         }
     };
     stream.set_nonblocking(false).map_err(Error::Stream)?;
     let descriptors = confine::descriptors()?.saturating_sub(OWN_DESCRIPTORS);
-    let confine::Inside {
-        root,
-        descriptors: fds,
-    } = confine::enter(root)?;
+    let confine::Inside { root, descriptors: fds } = confine::enter(root)?;
     let handles = descriptors / 4;
     let files = Files {
-        nodes: Nodes::new(root, descriptors - handles).map_err(|error| Error::Confine {
-            step: "look at the share",
-            source: error.into(),
-        })?,
+        nodes: Nodes::new(root, descriptors - handles)
+            .map_err(|error| Error::Confine { step: "look at the share", source: error.into() })?,
         handles: Handles::new(handles),
         numbers: Numbers::new(),
         descriptors: fds,
     };
     confine::drop_privileges()?;
-    let server = Server {
-        files: &files,
-        stream,
-        reading: Mutex::new(()),
-        writing: Mutex::new(()),
-    };
+    let server = Server { files: &files, stream, reading: Mutex::new(()), writing: Mutex::new(()) };
     server.run(answered)
 }
 
@@ -85,16 +73,14 @@ impl Server<'_> {
             let (started, starts) = mpsc::channel();
             let mut workers = Vec::new();
             for _ in 0..WORKERS {
-                let worker = std::thread::Builder::new()
-                    .stack_size(STACK)
-                    .spawn_scoped(scope, {
-                        let started = started.clone();
-                        move || {
-                            // The other end waits for this.
-                            started.send(()).ok();
-                            self.work()
-                        }
-                    });
+                let worker = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, {
+                    let started = started.clone();
+                    move || {
+                        // The other end waits for this.
+                        started.send(()).ok();
+                        self.work()
+                    }
+                });
                 match worker {
                     Ok(worker) => {
                         // An error is a thread that is gone already, and is found below.
@@ -117,9 +103,8 @@ impl Server<'_> {
             }
             drop(closed);
             for worker in workers {
-                let ended = worker
-                    .join()
-                    .unwrap_or(Err(Error::Protocol("an operation failed badly")));
+                let ended =
+                    worker.join().unwrap_or(Err(Error::Protocol("an operation failed badly")));
                 result = result.and(ended);
             }
             result

@@ -27,17 +27,9 @@ impl Share {
     /// Mounts an empty share at `dir`. The caller must be in a mount namespace of its own that
     /// gets the host's mounts and gives none back (unshare, then `/` recursively slave).
     pub fn create(dir: &Path) -> Result<Self> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(failed("create", dir))?;
-        let share = Self {
-            root: dir.to_owned(),
-        };
-        share
-            .mount_root()
-            .map_err(failed("mount the share at", dir))?;
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("create", dir))?;
+        let share = Self { root: dir.to_owned() };
+        share.mount_root().map_err(failed("mount the share at", dir))?;
         for folder in ["images", "volumes"] {
             share.folder(&dir.join(folder))?;
         }
@@ -46,12 +38,9 @@ impl Share {
 
     fn mount_root(&self) -> io::Result<()> {
         let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        for (key, value) in [
-            ("source", "a3s-box"),
-            ("mode", "0755"),
-            ("size", "1m"),
-            ("nr_inodes", "16k"),
-        ] {
+        for (key, value) in
+            [("source", "a3s-box"), ("mode", "0755"), ("size", "1m"), ("nr_inodes", "16k")]
+        {
             fsconfig_set_string(tmpfs.as_fd(), key, value)?;
         }
         fsconfig_create(tmpfs.as_fd())?;
@@ -66,10 +55,7 @@ impl Share {
         // Not before it is attached: shared mounts cannot be moved.
         mount_attr::change(
             mount.as_fd(),
-            Change {
-                propagation: propagation::SHARED,
-                ..Change::default()
-            },
+            Change { propagation: propagation::SHARED, ..Change::default() },
         )
     }
 
@@ -109,11 +95,8 @@ impl Share {
         if let Some(parent) = target.parent() {
             self.folder(parent)?;
         }
-        let point = if is_folder {
-            fs::create_dir(&target)
-        } else {
-            File::create_new(&target).map(drop)
-        };
+        let point =
+            if is_folder { fs::create_dir(&target) } else { File::create_new(&target).map(drop) };
         point.map_err(failed("create", &target))?;
         attach(&tree, &target).map_err(|error| {
             // The first error is the one to tell.
@@ -156,30 +139,16 @@ impl Share {
 
     fn path(&self, name: &str) -> Result<PathBuf> {
         let plain = name.split('/').all(|part| !matches!(part, "" | "." | ".."));
-        if plain {
-            Ok(self.root.join(name))
-        } else {
-            Err(Error::Name(name.to_owned()))
-        }
+        if plain { Ok(self.root.join(name)) } else { Err(Error::Name(name.to_owned())) }
     }
 
     fn folder(&self, path: &Path) -> Result<()> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(path)
-            .map_err(failed("create", path))
+        DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(failed("create", path))
     }
 }
 
 fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
-    move_mount(
-        mount.as_fd(),
-        "",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
+    move_mount(mount.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     Ok(())
 }
 

@@ -43,10 +43,7 @@ pub struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     pub fn new(files: &'a Files) -> Self {
-        Self {
-            files,
-            caller: (0, 0),
-        }
+        Self { files, caller: (0, 0) }
     }
 
     /// Does what `request` asks for. `None`: there is no answer to it.
@@ -56,9 +53,7 @@ impl<'a> Worker<'a> {
             opcode::FORGET => return self.forget(request),
             opcode::BATCH_FORGET => return self.batch_forget(request),
             opcode::INTERRUPT | opcode::NOTIFY_REPLY => return None,
-            _ => self
-                .act_as(request.uid, request.gid)
-                .and_then(|()| self.operate(request, reply)),
+            _ => self.act_as(request.uid, request.gid).and_then(|()| self.operate(request, reply)),
         };
         Some(reply.finish(request.unique, answer))
     }

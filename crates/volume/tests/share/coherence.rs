@@ -39,10 +39,7 @@ fn a_file_the_host_rewrites_is_read_as_it_is() -> Result<()> {
         };
         let mut held = vec![0; length + 1];
         let count = std::os::unix::fs::FileExt::read_at(file, &mut held, 0)?;
-        ensure!(
-            held[..count] == data,
-            "{length} bytes through an old descriptor"
-        );
+        ensure!(held[..count] == data, "{length} bytes through an old descriptor");
     }
     fs::remove_file(&outside)?;
     ensure!(refusal(fs::metadata(&inside)) == Some(Errno::NOENT));
@@ -73,10 +70,7 @@ fn volumes_come_and_go_while_the_guest_runs() -> Result<()> {
         let (host, guest) = pod.volume("0", false)?;
         fs::write(guest.join("f"), format!("{round}"))?;
         ensure!(fs::read_to_string(host.join("f"))? == format!("{round}"));
-        ensure!(
-            pod.share.add("volumes/c/0", &host, false).is_err(),
-            "one name, one volume"
-        );
+        ensure!(pod.share.add("volumes/c/0", &host, false).is_err(), "one name, one volume");
         pod.share.remove("volumes/c")?;
         ensure!(refusal(fs::metadata(&absent)) == Some(Errno::NOENT));
         ensure!(fs::read_dir(pod.guest.join("volumes"))?.next().is_none());
@@ -153,11 +147,7 @@ fn a_clone_goes_on_where_its_template_was_answered() -> Result<()> {
     let init = a3s_box_volume::handshake(&ours)?;
     fs::write(root.with_extension("init"), init)?;
     let root_name = root.to_str().context("path")?;
-    let server = process(
-        &["server-after-init", root_name],
-        ours.into(),
-        Stdio::inherit(),
-    )?;
+    let server = process(&["server-after-init", root_name], ours.into(), Stdio::inherit())?;
 
     let data = vec![5; 3 << 20];
     fs::write(guest.join("volumes/c/0/f"), &data)?;
@@ -197,22 +187,9 @@ fn a_request_under_way_fails_when_the_host_hangs_up() -> Result<()> {
 
 fn names_outside_the_share_are_refused() -> Result<()> {
     let pod = Pod::start()?;
-    for bad in [
-        "",
-        "/",
-        "/etc",
-        "..",
-        "images/../x",
-        "./x",
-        "a//b",
-        "a/",
-        "volumes/.",
-    ] {
+    for bad in ["", "/", "/etc", "..", "images/../x", "./x", "a//b", "a/", "volumes/."] {
         let added = pod.share.add(bad, &pod.host, true);
-        ensure!(
-            matches!(added, Err(a3s_box_volume::Error::Name(_))),
-            "{bad:?}: {added:?}"
-        );
+        ensure!(matches!(added, Err(a3s_box_volume::Error::Name(_))), "{bad:?}: {added:?}");
         ensure!(pod.share.remove(bad).is_err(), "{bad:?}");
     }
     let absent = pod.share.add("images/x", &pod.host.join("absent"), true);

@@ -188,9 +188,7 @@ fn a_sparse_gigabyte_keeps_its_holes() -> Result<()> {
     ensure!(seek(rustix::fs::SeekFrom::Hole(512 << 20))? == (512 << 20) + 4096);
     file.seek(SeekFrom::End(-3))?;
     let mut end = Vec::new();
-    File::open(guest.join("sparse"))?
-        .take(0)
-        .read_to_end(&mut end)?;
+    File::open(guest.join("sparse"))?.take(0).read_to_end(&mut end)?;
     let reader = File::open(guest.join("sparse"))?;
     let mut bytes = [1; 6];
     reader.read_exact_at(&mut bytes, 512 << 20)?;
@@ -203,10 +201,7 @@ fn a_sparse_gigabyte_keeps_its_holes() -> Result<()> {
 fn ranges_are_copied_and_space_is_reserved() -> Result<()> {
     let (_pod, host, guest) = volume()?;
     fs::write(guest.join("from"), "0123456789")?;
-    let (from, to) = (
-        File::open(guest.join("from"))?,
-        File::create_new(guest.join("to"))?,
-    );
+    let (from, to) = (File::open(guest.join("from"))?, File::create_new(guest.join("to"))?);
     let (mut at, mut target) = (2, 1);
     let copied = rustix::fs::copy_file_range(&from, Some(&mut at), &to, Some(&mut target), 4)?;
     ensure!(copied == 4 && fs::read(host.join("to"))? == b"\x002345");
@@ -249,11 +244,9 @@ fn large_files_come_back_as_written() -> Result<()> {
 fn direct_and_synchronous_writes_work() -> Result<()> {
     let (_pod, host, guest) = volume()?;
     let mode = Mode::from_raw_mode(0o600);
-    for (name, flag) in [
-        ("direct", OFlags::DIRECT),
-        ("sync", OFlags::SYNC),
-        ("dsync", OFlags::DSYNC),
-    ] {
+    for (name, flag) in
+        [("direct", OFlags::DIRECT), ("sync", OFlags::SYNC), ("dsync", OFlags::DSYNC)]
+    {
         let flags = flag | OFlags::CREATE | OFlags::RDWR;
         let file = File::from(rustix::fs::open(guest.join(name), flags, mode)?);
         let data = pattern(64 << 10);
@@ -274,21 +267,11 @@ fn a_shared_mapping_reaches_the_host() -> Result<()> {
     let (_pod, host, guest) = volume()?;
     let length = 3 << 20;
     fs::write(guest.join("f"), pattern(length))?;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(guest.join("f"))?;
+    let file = File::options().read(true).write(true).open(guest.join("f"))?;
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: a new mapping at a place of the kernel's choice.
     let address = unsafe {
-        rustix::mm::mmap(
-            std::ptr::null_mut(),
-            length,
-            protection,
-            MapFlags::SHARED,
-            &file,
-            0,
-        )?
+        rustix::mm::mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, &file, 0)?
     };
     // SAFETY: the mapping is `length` bytes long, nobody else has it, and it stays until munmap.
     let bytes = unsafe { std::slice::from_raw_parts_mut(address.cast::<u8>(), length) };
@@ -342,21 +325,15 @@ fn locks_hold_between_processes_of_the_guest() -> Result<()> {
     let file = File::create(guest.join("g"))?;
     rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)?;
     // A POSIX lock is a process's: only another one can be refused.
-    let other = Command::new(std::env::current_exe()?)
-        .arg("lock")
-        .arg(guest.join("g"))
-        .status()?;
+    let other = Command::new(std::env::current_exe()?).arg("lock").arg(guest.join("g")).status()?;
     ensure!(other.code() == Some(7), "{other}");
     Ok(())
 }
 
 fn a_journal_written_as_databases_do_is_whole() -> Result<()> {
     let (_pod, host, guest) = volume()?;
-    let database = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(guest.join("db"))?;
+    let database =
+        File::options().read(true).write(true).create_new(true).open(guest.join("db"))?;
     let folder = File::open(&guest)?;
     for round in 0..50u64 {
         rustix::fs::fcntl_lock(&database, FlockOperation::LockExclusive)?;
@@ -383,11 +360,7 @@ fn a_journal_written_as_databases_do_is_whole() -> Result<()> {
 
 fn an_unlinked_file_lives_while_it_is_open() -> Result<()> {
     let (_pod, host, guest) = volume()?;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(guest.join("f"))?;
+    let file = File::options().read(true).write(true).create_new(true).open(guest.join("f"))?;
     fs::remove_file(guest.join("f"))?;
     file.write_all_at(b"still here", 0)?;
     ensure!(file.metadata()?.nlink() == 0 && file.metadata()?.len() == 10);
@@ -418,10 +391,7 @@ fn users_of_the_guest_own_what_they_make() -> Result<()> {
     shell(&guest, 1000, 1001, "", script)?;
     for name in ["f", "d", "s", "p", "d/g"] {
         let metadata = fs::symlink_metadata(host.join(name))?;
-        ensure!(
-            (metadata.uid(), metadata.gid()) == (1000, 1001),
-            "{name}: {metadata:?}"
-        );
+        ensure!((metadata.uid(), metadata.gid()) == (1000, 1001), "{name}: {metadata:?}");
     }
     ensure!(fs::metadata(host.join("f"))?.mode() & 0o777 == 0o640);
     // Another user is kept out by the guest's kernel, root is not.
@@ -430,10 +400,7 @@ fn users_of_the_guest_own_what_they_make() -> Result<()> {
     shell(&guest, 0, 0, "", "cat f; echo more >> f")?;
     ensure!(fs::metadata(host.join("f"))?.uid() == 1000);
     fs::write(guest.join("root"), "")?;
-    ensure!(
-        fs::metadata(host.join("root"))?.uid() == 0,
-        "and back again"
-    );
+    ensure!(fs::metadata(host.join("root"))?.uid() == 0, "and back again");
     Ok(())
 }
 
@@ -442,13 +409,7 @@ fn a_group_the_server_does_not_know_may_write() -> Result<()> {
     // What kubelet makes of a volume with fsGroup.
     std::os::unix::fs::chown(&host, Some(0), Some(2000))?;
     fs::set_permissions(&host, Permissions::from_mode(0o2770))?;
-    shell(
-        &guest,
-        1000,
-        1000,
-        "2000",
-        "echo x > f; mkdir d; echo y > d/g; mv f h; rm d/g",
-    )?;
+    shell(&guest, 1000, 1000, "2000", "echo x > f; mkdir d; echo y > d/g; mv f h; rm d/g")?;
     let metadata = fs::metadata(host.join("h"))?;
     ensure!((metadata.uid(), metadata.gid()) == (1000, 2000));
     ensure!(fs::metadata(host.join("d"))?.mode() & 0o2000 != 0);
@@ -458,11 +419,9 @@ fn a_group_the_server_does_not_know_may_write() -> Result<()> {
 fn a_write_by_another_user_ends_setuid() -> Result<()> {
     let (_pod, host, guest) = volume()?;
     fs::set_permissions(&host, Permissions::from_mode(0o777))?;
-    for (name, script) in [
-        ("write", "echo x >> write"),
-        ("truncate", "truncate -s 1 truncate"),
-        ("open", ": > open"),
-    ] {
+    for (name, script) in
+        [("write", "echo x >> write"), ("truncate", "truncate -s 1 truncate"), ("open", ": > open")]
+    {
         let path = host.join(name);
         fs::write(&path, "program")?;
         fs::set_permissions(&path, Permissions::from_mode(0o6777))?;
@@ -527,24 +486,11 @@ fn a_read_only_volume_refuses_every_change() -> Result<()> {
             refusal(fs::hard_link(guest.join("f"), guest.join("new"))),
             refusal(fs::rename(guest.join("f"), guest.join("g"))),
             refusal(fs::remove_file(guest.join("f"))),
-            refusal(fs::set_permissions(
-                guest.join("f"),
-                Permissions::from_mode(0o600),
-            )),
+            refusal(fs::set_permissions(guest.join("f"), Permissions::from_mode(0o600))),
             refusal(std::os::unix::fs::chown(guest.join("f"), Some(1), None)),
-            refusal(
-                OpenOptions::new()
-                    .write(true)
-                    .truncate(true)
-                    .open(guest.join("f")),
-            ),
-            rustix::fs::setxattr(
-                guest.join("f"),
-                "user.x",
-                b"",
-                rustix::fs::XattrFlags::empty(),
-            )
-            .err(),
+            refusal(OpenOptions::new().write(true).truncate(true).open(guest.join("f"))),
+            rustix::fs::setxattr(guest.join("f"), "user.x", b"", rustix::fs::XattrFlags::empty())
+                .err(),
         ];
         ensure!(
             refused.iter().all(|errno| *errno == Some(Errno::ROFS)),

@@ -26,11 +26,8 @@ fn stdin() -> Result<OwnedFd> {
 
 /// The volume server's process; the stream is its standard input.
 pub fn server(root: &str, after_init: bool) -> Result<()> {
-    let init = if after_init {
-        Some(fs::read(Path::new(root).with_extension("init"))?)
-    } else {
-        None
-    };
+    let init =
+        if after_init { Some(fs::read(Path::new(root).with_extension("init"))?) } else { None };
     a3s_box_volume::serve(Path::new(root), UnixStream::from(stdin()?), init)?;
     Ok(())
 }
@@ -94,9 +91,7 @@ impl Pod {
     pub fn start() -> Result<Self> {
         // The guest finds folders without asking for them: /tmp may be a tmpfs without user.*
         // attributes on old kernels.
-        let dir = tempfile::Builder::new()
-            .prefix("a3s-box-volume-")
-            .tempdir_in("/var/tmp")?;
+        let dir = tempfile::Builder::new().prefix("a3s-box-volume-").tempdir_in("/var/tmp")?;
         let [root, guest, host] = ["share", "guest", "host"].map(|name| dir.path().join(name));
         fs::create_dir(&guest)?;
         fs::create_dir(&host)?;
@@ -109,14 +104,7 @@ impl Pod {
         let mut line = String::new();
         BufReader::new(pump.0.stdout.take().context("stdout")?).read_line(&mut line)?;
         ensure!(line == "mounted\n", "the guest did not mount the share");
-        Ok(Self {
-            server,
-            pump,
-            share,
-            guest,
-            host,
-            dir,
-        })
+        Ok(Self { server, pump, share, guest, host, dir })
     }
 
     /// A folder of the host as volume `c/NAME`: its path on the host and in the guest.
@@ -163,11 +151,7 @@ pub fn shell(folder: &Path, uid: u32, gid: u32, groups: &str, script: &str) -> R
         .stdout(Stdio::piped());
     let mut child = command.spawn()?;
     let mut output = String::new();
-    child
-        .stdout
-        .take()
-        .context("stdout")?
-        .read_to_string(&mut output)?;
+    child.stdout.take().context("stdout")?.read_to_string(&mut output)?;
     ensure!(child.wait()?.success(), "{script}: failed");
     Ok(output)
 }

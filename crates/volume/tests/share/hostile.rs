@@ -115,16 +115,8 @@ fn special_files_are_never_opened() -> Result<()> {
     let mode = rustix::fs::Mode::from_raw_mode(0o666);
     for (name, kind, device) in [
         ("fifo", rustix::fs::FileType::Fifo, 0),
-        (
-            "null",
-            rustix::fs::FileType::CharacterDevice,
-            rustix::fs::makedev(1, 3),
-        ),
-        (
-            "disk",
-            rustix::fs::FileType::BlockDevice,
-            rustix::fs::makedev(7, 0),
-        ),
+        ("null", rustix::fs::FileType::CharacterDevice, rustix::fs::makedev(1, 3)),
+        ("disk", rustix::fs::FileType::BlockDevice, rustix::fs::makedev(7, 0)),
     ] {
         rustix::fs::mknodat(rustix::fs::CWD, raw.host.join(name), kind, mode, device)?;
         let node = raw.lookup(volume, name)?;
@@ -142,13 +134,9 @@ fn special_files_are_never_opened() -> Result<()> {
 fn devices_are_never_made() -> Result<()> {
     let mut raw = Raw::connected()?;
     let volume = raw.volume()?;
-    for (mode, device) in [
-        (0o020666, 0x103),
-        (0o060666, 0x800),
-        (0o060666, 0),
-        (0o040755, 0),
-        (0, 0),
-    ] {
+    for (mode, device) in
+        [(0o020666, 0x103), (0o060666, 0x800), (0o060666, 0), (0o040755, 0), (0, 0)]
+    {
         let body = [numbers(&[mode, device, 0, 0]), string("d")].concat();
         let (error, _) = raw.ask(op::MKNOD, volume, &body)?;
         ensure!(error == errno(Errno::PERM), "{mode:o} {device:x}: {error}");
@@ -221,12 +209,7 @@ fn short_bodies_are_refused() -> Result<()> {
     ensure!(error == errno(Errno::INVAL));
     // A write that promises more than it brings.
     let (_, body) = raw.ask(op::OPEN, node, &numbers(&[2, 0]))?;
-    let write = [
-        longs(&[first(&body)?, 0]),
-        numbers(&[1000, 0, 0, 0, 0, 0]),
-        vec![1; 10],
-    ]
-    .concat();
+    let write = [longs(&[first(&body)?, 0]), numbers(&[1000, 0, 0, 0, 0, 0]), vec![1; 10]].concat();
     ensure!(raw.ask(op::WRITE, node, &write)?.0 == errno(Errno::INVAL));
     ensure!(fs::metadata(raw.host.join("f"))?.len() == 0);
     Ok(())
@@ -286,11 +269,7 @@ fn a_first_message_other_than_init_ends_the_connection() -> Result<()> {
     let mut raw = Raw::start()?;
     raw.send(op::GETATTR, ROOT, &[0; 16])?;
     ensure!(ended_with_error(&mut raw)?);
-    for body in [
-        numbers(&[7, 20, 0, u32::MAX]),
-        numbers(&[6, 41, 0, u32::MAX]),
-        vec![7],
-    ] {
+    for body in [numbers(&[7, 20, 0, u32::MAX]), numbers(&[6, 41, 0, u32::MAX]), vec![7]] {
         let mut raw = Raw::start()?;
         raw.send(op::INIT, 0, &body)?;
         ensure!(ended_with_error(&mut raw)?);
@@ -336,10 +315,7 @@ fn random_bytes_never_kill_the_server() -> Result<()> {
 
 fn a_guest_cannot_fill_the_servers_table() -> Result<()> {
     // The server's limit is what the test's process leaves it.
-    let limit = rustix::process::Rlimit {
-        current: Some(200),
-        maximum: Some(200),
-    };
+    let limit = rustix::process::Rlimit { current: Some(200), maximum: Some(200) };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)?;
     let mut raw = Raw::connected()?;
     let volume = raw.volume()?;

@@ -39,11 +39,7 @@ fn main() -> ExitCode {
 }
 
 fn tests() -> impl Iterator<Item = Test> {
-    files::TESTS
-        .iter()
-        .chain(coherence::TESTS)
-        .chain(hostile::TESTS)
-        .copied()
+    files::TESTS.iter().chain(coherence::TESTS).chain(hostile::TESTS).copied()
 }
 
 fn run_all(filter: Option<&str>) -> ExitCode {
@@ -63,11 +59,7 @@ fn run_all(filter: Option<&str>) -> ExitCode {
         }
     }
     println!("{count} tests, {} failed", failures.len());
-    if failures.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// The list of a module's tests.

@@ -44,9 +44,7 @@ pub type Answer = (i32, Vec<u8>);
 impl Raw {
     /// With volume `volumes/c/0`, and FUSE_INIT not sent yet.
     pub fn start() -> Result<Self> {
-        let dir = tempfile::Builder::new()
-            .prefix("a3s-box-volume-")
-            .tempdir_in("/var/tmp")?;
+        let dir = tempfile::Builder::new().prefix("a3s-box-volume-").tempdir_in("/var/tmp")?;
         let [root, host] = ["share", "host"].map(|name| dir.path().join(name));
         fs::create_dir(&host)?;
         let share = Share::create(&root)?;
@@ -55,13 +53,7 @@ impl Raw {
         let root = root.to_str().context("path")?;
         // What it says about a guest that breaks the protocol is not the test's output.
         let server = process(&["server", root], ours.into(), Stdio::inherit())?;
-        Ok(Self {
-            stream: theirs,
-            server,
-            host,
-            unique: 0,
-            dir,
-        })
+        Ok(Self { stream: theirs, server, host, unique: 0, dir })
     }
 
     pub fn connected() -> Result<Self> {
@@ -128,24 +120,7 @@ impl Drop for Raw {
 }
 
 pub fn init() -> Vec<u8> {
-    numbers(&[
-        7,
-        41,
-        128 << 10,
-        u32::MAX,
-        u32::MAX,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ])
+    numbers(&[7, 41, 128 << 10, u32::MAX, u32::MAX, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
 }
 
 pub fn numbers(numbers: &[u32]) -> Vec<u8> {
@@ -162,7 +137,5 @@ pub fn string(text: &str) -> Vec<u8> {
 
 /// A body's first number.
 pub fn first(body: &[u8]) -> Result<u64> {
-    Ok(u64::from_ne_bytes(
-        body.get(..8).context("short")?.try_into()?,
-    ))
+    Ok(u64::from_ne_bytes(body.get(..8).context("short")?.try_into()?))
 }
