@@ -73,11 +73,11 @@ impl<'a> Pull<'a> {
         // Until the record is there, a removal must not take what was fetched.
         let wanted: Vec<Wanted> =
             config.diff_ids.iter().map(|id| self.images.want(id.hex())).collect();
-        let summaries: Vec<Summary> = stream::iter(manifest.layers.iter().zip(&config.diff_ids))
-            .map(|(archive, diff_id)| self.layer(archive, diff_id))
-            .buffered(AT_A_TIME)
-            .try_collect()
-            .await?;
+        let archives = manifest.layers.iter().zip(&config.diff_ids);
+        let layers: Vec<_> =
+            archives.map(|(archive, diff_id)| self.layer(archive, diff_id)).collect();
+        let summaries: Vec<Summary> =
+            stream::iter(layers).buffered(AT_A_TIME).try_collect().await?;
         let mut layers: Vec<String> =
             config.diff_ids.iter().map(|id| id.hex().to_owned()).collect();
         let (parents, _kept) = self.parents(&summaries).await?;
