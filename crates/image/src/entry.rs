@@ -283,9 +283,13 @@ impl Extended {
                 || std::str::from_utf8(value).ok().and_then(|text| text.parse::<u64>().ok());
             let known = match key {
                 // An empty value takes back what came before.
-                b"path" => Some(self.path = Some(value.to_vec()).filter(|path| !path.is_empty())),
+                b"path" => {
+                    self.path = Some(value.to_vec()).filter(|path| !path.is_empty());
+                    Some(())
+                }
                 b"linkpath" => {
-                    Some(self.link = Some(value.to_vec()).filter(|path| !path.is_empty()))
+                    self.link = Some(value.to_vec()).filter(|path| !path.is_empty());
+                    Some(())
                 }
                 b"size" => number().map(|size| self.size = Some(size)),
                 b"uid" => number().map(|uid| self.uid = Some(uid)),
@@ -347,7 +351,10 @@ mod tests {
         header.set_path(path).unwrap();
         header.set_entry_type(kind);
         header.set_size(size);
-        (header.set_mode(0o644), header.set_uid(1), header.set_gid(2), header.set_mtime(3));
+        header.set_mode(0o644);
+        header.set_uid(1);
+        header.set_gid(2);
+        header.set_mtime(3);
         header.set_cksum();
         header
     }

@@ -192,7 +192,7 @@ impl RegistryError {
             .last()
             .filter(definite)
             .or_else(|| self.failures.iter().rev().find(definite))
-            .or(self.failures.last())
+            .or_else(|| self.failures.last())
             .map_or(Kind::Unavailable, |failure| failure.kind)
     }
 }

@@ -27,7 +27,7 @@ pub(crate) fn hidden<'a>(layers: impl IntoIterator<Item = &'a Summary>) -> Paren
             folders.retain(|path, _| !emptied(path));
         }
         for path in &layer.implied {
-            let known = folders.entry(path).or_insert((Attributes::implied(), true));
+            let known = folders.entry(path).or_insert_with(|| (Attributes::implied(), true));
             known.1 = known.0 == Attributes::implied();
         }
         for (path, attributes) in &layer.described {

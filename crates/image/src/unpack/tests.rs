@@ -13,7 +13,10 @@ impl Tar {
     fn add(mut self, kind: EntryType, path: &str, link: &str, data: &[u8]) -> Self {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
-        (header.set_mode(0o640), header.set_uid(1), header.set_gid(2), header.set_mtime(3));
+        header.set_mode(0o640);
+        header.set_uid(1);
+        header.set_gid(2);
+        header.set_mtime(3);
         header.set_size(data.len() as u64);
         // As bytes: a hostile archive's paths are not checked by who made it.
         header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
