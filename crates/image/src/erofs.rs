@@ -4,12 +4,14 @@ use std::{io, path::Path, process::Stdio};
 use tokio::process::Command;
 
 const MKFS: &str = "mkfs.erofs";
+/// A random one would make every packing differ.
+const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
 
 /// Packs `folder` into a new file. Not compressed, and data apart from inodes, so that the guest can map the
 /// file's pages as they are. The same folder gives the same bytes.
 pub(crate) async fn pack(folder: &Path, file: &Path) -> Result<(), String> {
     let output = Command::new(MKFS)
-        .args(["--quiet", "-E", "noinline_data", "-U", "clear"])
+        .args(["--quiet", "-E", "noinline_data", "-U", NO_UUID])
         .arg(file)
         .arg(folder)
         .stdin(Stdio::null())
