@@ -12,7 +12,6 @@ build: guest ## release binaries in target/release, the guest in target/guest
 	cargo build --release --locked -p a3s-box-cri -p a3s-box-shim
 
 guest: deps ## the agent, and kernel and initramfs around it
-	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
 	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$$(dirname $$(gcc -print-file-name=libseccomp.a)) \
 		RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(AGENT_TARGET) -p a3s-box-agent
 	install -D target/$(AGENT_TARGET)/release/a3s-box-agent target/release/a3s-box-agent

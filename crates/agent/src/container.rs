@@ -29,7 +29,7 @@ use rustix::{
 };
 use std::{
     fs, io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -81,6 +81,7 @@ pub struct Container {
 struct Files {
     layers: Vec<String>,
     scratch: PathBuf,
+    upper: PathBuf,
     cgroup: Cgroup,
 }
 
@@ -124,6 +125,7 @@ async fn make(
     let mut files = Files {
         layers: Vec::new(),
         scratch: agent.config.scratch.join(&id),
+        upper: agent.config.scratch.join(&id).join("upper"),
         cgroup: Cgroup::new(&agent.config.cgroups, &id),
     };
     let preparing = Arc::clone(agent);
@@ -171,7 +173,7 @@ fn prepare(
         files.layers.push(name.clone());
     }
     layers.reverse();
-    let (upper, work) = (files.scratch.join("upper"), files.scratch.join("work"));
+    let (upper, work) = (files.upper.clone(), files.scratch.join("work"));
     for folder in [&upper, &work] {
         fs::create_dir_all(folder).step(format_args!("writable layer {}", folder.display()))?;
     }
@@ -416,6 +418,11 @@ async fn undo(agent: &Arc<Agent>, files: Files) -> Result<(), Error> {
 }
 
 impl Container {
+    /// The folder of its writable layer.
+    pub fn writable(&self) -> &Path {
+        &self.files.upper
+    }
+
     /// How it stands.
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.subscribe()

@@ -5,7 +5,7 @@ use crate::{
     agent::Agent,
     attach, container,
     error::{Error, Step},
-    exec, sandbox,
+    exec, port_forward, sandbox, stats,
 };
 use a3s_box_api::agent::v1::{self as api, agent_server, exec_input};
 use std::{future::Future, sync::Arc};
@@ -42,6 +42,7 @@ impl agent_server::Agent for Service {
     type ContainerIoStream = Answers<api::IoOutput>;
     type ExecStream = Answers<api::ExecOutput>;
     type EventsStream = Answers<api::Event>;
+    type PortForwardStream = Answers<api::PortOutput>;
 
     async fn configure_sandbox(
         &self,
@@ -113,6 +114,26 @@ impl agent_server::Agent for Service {
         };
         let (answers, receiver) = mpsc::channel(WAITING);
         tokio::spawn(exec::run(Arc::clone(&self.0), start, inputs, answers));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn stats(
+        &self,
+        request: Request<api::StatsRequest>,
+    ) -> Result<Response<api::StatsResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move { stats::read(&agent, request.into_inner()).await }).await
+    }
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<api::PortInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        let mut inputs = request.into_inner();
+        let first = inputs.message().await?.ok_or_else(|| Error::invalid("no port was named"))?;
+        let stream = port_forward::connect(first.port).await?;
+        let (answers, receiver) = mpsc::channel(WAITING);
+        tokio::spawn(port_forward::run(stream, first, inputs, answers));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 

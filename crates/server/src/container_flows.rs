@@ -5,6 +5,7 @@ use crate::{
     container_list::list_containers,
     container_log::reopen_container_log,
     container_start::{remove_container, start_container},
+    container_stats::Rates,
     container_status::container_status,
     container_stop::stop_container,
     exec_sync::exec_sync,
@@ -48,6 +49,8 @@ fn node(host: &Arc<FakeHost>) -> Arc<Node> {
         images: Box::new(OneImage),
         sizes: SizeRules { default: size, min_memory_mb: 128, max: size, guest_overhead_mb: 64 },
         handlers: ["".to_owned(), "a3s-box".to_owned()].into(),
+        root: "/root".into(),
+        rates: Rates::default(),
     })
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     config::Config,
+    container_stats::Rates,
     sandbox::{
         Deps, SandboxError, Sandboxes,
         cni_network::CniNetwork,
@@ -31,6 +32,10 @@ pub struct Node {
     pub sizes: SizeRules,
     /// Names of the runtime handlers.
     pub handlers: BTreeSet<String>,
+    /// The folder that holds what pods write.
+    pub root: PathBuf,
+    /// CPU rates of containers and sandboxes.
+    pub rates: Rates,
 }
 
 /// The image store, as far as containers need it.
@@ -88,7 +93,14 @@ impl Node {
             guest_overhead_mb: config.vm.guest_overhead_mb,
         };
         let handlers = config.handlers.keys().cloned().collect();
-        Ok(Self { sandboxes: Sandboxes::new(deps), images, sizes, handlers })
+        Ok(Self {
+            sandboxes: Sandboxes::new(deps),
+            images,
+            sizes,
+            handlers,
+            root: config.root.clone(),
+            rates: Rates::default(),
+        })
     }
 
     /// Refuses a handler that is not configured.

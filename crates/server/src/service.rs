@@ -5,10 +5,11 @@
 
 use crate::{
     Server, container_create, container_events, container_list, container_log, container_start,
-    container_status, container_stop, exec_sync, image_fs_info, image_list, image_pull,
-    image_remove, image_status, node_status, runtime_config, sandbox_list, sandbox_run,
-    sandbox_status, sandbox_stop,
+    container_stats, container_status, container_stop, exec_sync, image_fs_info, image_list,
+    image_pull, image_remove, image_status, node_status, runtime_config, sandbox_list, sandbox_run,
+    sandbox_stats, sandbox_status, sandbox_stop,
     status::{Failure, NodeError, status},
+    stream_lists::in_batches,
     version,
 };
 use a3s_box_api::cri::{
@@ -178,9 +179,12 @@ impl RuntimeService for Service {
 
     async fn stream_pod_sandboxes(
         &self,
-        _: Request<cri::StreamPodSandboxesRequest>,
+        request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Answer<Self::StreamPodSandboxesStream> {
-        not_there("StreamPodSandboxes")
+        let request = cri::ListPodSandboxRequest { filter: request.into_inner().filter };
+        let list = self.list_pod_sandbox(Request::new(request)).await?.into_inner().items;
+        let wrap = |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes };
+        Ok(Response::new(Box::pin(in_batches(list, wrap))))
     }
 
     async fn create_container(
@@ -245,9 +249,12 @@ impl RuntimeService for Service {
 
     async fn stream_containers(
         &self,
-        _: Request<cri::StreamContainersRequest>,
+        request: Request<cri::StreamContainersRequest>,
     ) -> Answer<Self::StreamContainersStream> {
-        not_there("StreamContainers")
+        let request = cri::ListContainersRequest { filter: request.into_inner().filter };
+        let list = self.list_containers(Request::new(request)).await?.into_inner().containers;
+        let wrap = |containers| cri::StreamContainersResponse { containers };
+        Ok(Response::new(Box::pin(in_batches(list, wrap))))
     }
 
     async fn container_status(
@@ -310,44 +317,70 @@ impl RuntimeService for Service {
 
     async fn container_stats(
         &self,
-        _: Request<cri::ContainerStatsRequest>,
+        request: Request<cri::ContainerStatsRequest>,
     ) -> Answer<cri::ContainerStatsResponse> {
-        not_there("ContainerStats")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("ContainerStats", about, request, |server, request| {
+            container_stats::container_stats(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn list_container_stats(
         &self,
-        _: Request<cri::ListContainerStatsRequest>,
+        request: Request<cri::ListContainerStatsRequest>,
     ) -> Answer<cri::ListContainerStatsResponse> {
-        not_there("ListContainerStats")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListContainerStats", about, request, |server, request| {
+            container_stats::list_container_stats(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stream_container_stats(
         &self,
-        _: Request<cri::StreamContainerStatsRequest>,
+        request: Request<cri::StreamContainerStatsRequest>,
     ) -> Answer<Self::StreamContainerStatsStream> {
-        not_there("StreamContainerStats")
+        let request = cri::ListContainerStatsRequest { filter: request.into_inner().filter };
+        let list = self.list_container_stats(Request::new(request)).await?.into_inner().stats;
+        let wrap = |container_stats| cri::StreamContainerStatsResponse { container_stats };
+        Ok(Response::new(Box::pin(in_batches(list, wrap))))
     }
 
     async fn pod_sandbox_stats(
         &self,
-        _: Request<cri::PodSandboxStatsRequest>,
+        request: Request<cri::PodSandboxStatsRequest>,
     ) -> Answer<cri::PodSandboxStatsResponse> {
-        not_there("PodSandboxStats")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("PodSandboxStats", about, request, |server, request| {
+            sandbox_stats::pod_sandbox_stats(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _: Request<cri::ListPodSandboxStatsRequest>,
+        request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Answer<cri::ListPodSandboxStatsResponse> {
-        not_there("ListPodSandboxStats")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListPodSandboxStats", about, request, |server, request| {
+            sandbox_stats::list_pod_sandbox_stats(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<cri::StreamPodSandboxStatsRequest>,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Answer<Self::StreamPodSandboxStatsStream> {
-        not_there("StreamPodSandboxStats")
+        let request = cri::ListPodSandboxStatsRequest { filter: request.into_inner().filter };
+        let list = self.list_pod_sandbox_stats(Request::new(request)).await?.into_inner().stats;
+        let wrap = |pod_sandbox_stats| cri::StreamPodSandboxStatsResponse { pod_sandbox_stats };
+        Ok(Response::new(Box::pin(in_batches(list, wrap))))
     }
 
     async fn update_runtime_config(
@@ -448,9 +481,12 @@ impl ImageService for Service {
 
     async fn stream_images(
         &self,
-        _: Request<cri::StreamImagesRequest>,
+        request: Request<cri::StreamImagesRequest>,
     ) -> Answer<Self::StreamImagesStream> {
-        not_there("StreamImages")
+        let request = cri::ListImagesRequest { filter: request.into_inner().filter };
+        let list = self.list_images(Request::new(request)).await?.into_inner().images;
+        let wrap = |images| cri::StreamImagesResponse { images };
+        Ok(Response::new(Box::pin(in_batches(list, wrap))))
     }
 
     async fn image_status(

@@ -122,6 +122,16 @@ impl ShimClient {
         call("run the command", patience, run).await
     }
 
+    /// What these containers use, or all, and what the boundary takes on the host.
+    pub async fn stats(
+        &self,
+        container_ids: Vec<String>,
+    ) -> Result<shim::StatsResponse, SandboxError> {
+        let mut client = self.client.clone();
+        let request = shim::StatsRequest { container_ids };
+        call("ask for stats", QUICK, client.stats(request)).await
+    }
+
     /// Exits and the boundary's end, from the beginning.
     pub async fn events(&self) -> Result<Streaming<shim::Event>, SandboxError> {
         let mut client = self.client.clone();

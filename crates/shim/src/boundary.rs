@@ -27,6 +27,10 @@ use tonic::transport::{Channel, Endpoint};
 const HELLO_DEADLINE: Duration = Duration::from_secs(60);
 /// Largest message to or from the agent.
 pub const MESSAGE_MAX: usize = 16 << 20;
+/// What the agent may send ahead on one call, and on all: a client that does not read must not hold up
+/// the others.
+const CALL_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// Where the boundary stands.
 #[derive(Debug, Clone)]
@@ -69,6 +73,7 @@ pub struct Handle {
 #[derive(Debug, Clone, Default)]
 struct Facts {
     vmm_pid: u32,
+    volume_server_pid: u32,
     console: Console,
     stages: HashMap<String, f64>,
 }
@@ -107,6 +112,15 @@ impl Handle {
     /// QEMU's process id; 0 before it runs.
     pub fn vmm_pid(&self) -> u32 {
         self.facts().vmm_pid
+    }
+
+    /// The boundary's processes so far, and the shim.
+    pub fn processes(&self) -> Vec<u32> {
+        let facts = self.facts();
+        let others = [facts.vmm_pid, facts.volume_server_pid];
+        std::iter::once(std::process::id())
+            .chain(others.into_iter().filter(|pid| *pid != 0))
+            .collect()
     }
 
     /// What the guest printed last.
@@ -177,6 +191,7 @@ impl Owner {
         let mut volumes = VolumeServer::start(&parts.share_root, volumes, init.as_deref())
             .context("start the volume server")?;
         parts.processes.volume_server = Some(records::process(volumes.pid())?);
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).volume_server_pid = volumes.pid();
         records::save_processes(&parts.folder, &parts.processes)?;
         let why = tokio::select! {
             exit = vm.wait() => exit.reason,
@@ -218,6 +233,8 @@ async fn connect(agent: std::os::unix::net::UnixStream) -> anyhow::Result<AgentC
         }
     });
     let channel = Endpoint::from_static("http://agent")
+        .initial_stream_window_size(CALL_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .connect_with_connector(connector)
         .await
         .context("talk to the agent")?;

@@ -16,6 +16,7 @@
 mod boundary;
 mod container;
 mod exec;
+mod host_stats;
 mod log_file;
 mod records;
 mod sandbox;

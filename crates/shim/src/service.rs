@@ -2,8 +2,8 @@
 
 use crate::{
     boundary::{Boundary, Handle},
-    container::Container,
-    exec,
+    container::{Answer, Container, Stdin},
+    exec, host_stats,
     log_file::Log,
     records,
     share::PodShare,
@@ -25,8 +25,8 @@ use std::{
     time::Instant,
 };
 use tokio::sync::{mpsc, watch};
-use tokio_stream::{StreamExt, wrappers::ReceiverStream};
-use tonic::{Request, Response, Status};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, Streaming};
 
 /// Both outputs of ExecSync at their largest, and room for the rest.
 pub const MESSAGE_MAX: usize = 48 << 20;
@@ -115,7 +115,12 @@ impl Shim {
             return Ok(records::to_api(&known.record()));
         }
         let log_path = Some(request.log_path).filter(|path| !path.is_empty()).map(PathBuf::from);
-        let made = self.make(&id, order, log_path, !request.stdin).await;
+        let stdin = match (request.stdin, request.stdin_once) {
+            (false, _) => Stdin::None,
+            (true, false) => Stdin::Open,
+            (true, true) => Stdin::Once,
+        };
+        let made = self.make(&id, order, log_path, stdin).await;
         if made.is_err()
             && let Err(err) = self.unmake(id.as_str()).await
         {
@@ -129,7 +134,7 @@ impl Shim {
         id: &ContainerId,
         mut order: agent::CreateContainerRequest,
         log_path: Option<PathBuf>,
-        close_stdin: bool,
+        stdin: Stdin,
     ) -> Result<shim::ContainerState, Status> {
         let mut client = self.boundary.agent().await?;
         let mut spec: Spec = serde_json::from_slice(&order.oci_spec)
@@ -159,8 +164,7 @@ impl Shim {
             groups: made.groups,
         };
         let state = records::to_api(&record);
-        let container =
-            Container::adopt(self.folder.clone(), record, client, log, close_stdin).await?;
+        let container = Container::adopt(self.folder.clone(), record, client, log, stdin).await?;
         let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.insert(id.to_string(), Arc::new(container));
         Ok(state)
@@ -254,6 +258,11 @@ async fn tell(
             () = events.closed() => return,
         }
     }
+}
+
+/// A caller's messages as they come; a broken connection is their end.
+fn relayed<T: Send + 'static>(inputs: Streaming<T>) -> impl Stream<Item = T> + Send + 'static {
+    inputs.map_while(Result::ok)
 }
 
 /// An error and its causes, in one line.
@@ -426,6 +435,54 @@ impl shim_server::Shim for Service {
         changes.mark_changed();
         tokio::spawn(tell(self.0.clone(), changes, events));
         Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn stats(
+        &self,
+        request: Request<shim::StatsRequest>,
+    ) -> Result<Response<shim::StatsResponse>, Status> {
+        let request = agent::StatsRequest { container_ids: request.into_inner().container_ids };
+        let guest = self.boundary.agent().await?.stats(request).await?.into_inner();
+        let used = host_stats::of(&self.boundary.processes());
+        Ok(Response::new(shim::StatsResponse {
+            guest: Some(guest),
+            host_cpu_ns: used.cpu_ns,
+            host_memory_bytes: used.memory_bytes,
+            host_processes: used.processes,
+        }))
+    }
+
+    type ExecStream = Streaming<agent::ExecOutput>;
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<agent::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        let inputs = relayed(request.into_inner());
+        self.boundary.agent().await?.exec(inputs).await
+    }
+
+    type AttachStream = ReceiverStream<Answer>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<shim::AttachInput>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut inputs = request.into_inner();
+        let first = inputs.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("no container was named"))?;
+        let answers = self.container(&first.container_id)?.attach(first, inputs)?;
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+
+    type PortForwardStream = Streaming<agent::PortOutput>;
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<agent::PortInput>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        let inputs = relayed(request.into_inner());
+        self.boundary.agent().await?.port_forward(inputs).await
     }
 
     async fn shutdown(

@@ -27,7 +27,7 @@ use tokio_stream::{
     Stream, StreamExt,
     wrappers::{BroadcastStream, UnixListenerStream},
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 pub(crate) struct FakeHost {
     pub(crate) folder: tempfile::TempDir,
@@ -328,6 +328,28 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl shim_server::Shim for Answers {
     type EventsStream = Pin<Box<dyn Stream<Item = Result<shim::Event, Status>> + Send>>;
+    type ExecStream = tokio_stream::Empty<Result<agent::ExecOutput, Status>>;
+    type AttachStream = tokio_stream::Empty<Result<agent::IoOutput, Status>>;
+    type PortForwardStream = tokio_stream::Empty<Result<agent::PortOutput, Status>>;
+
+    async fn stats(&self, _: Request<shim::StatsRequest>) -> Answer<shim::StatsResponse> {
+        Err(Status::unimplemented("stats"))
+    }
+
+    async fn exec(&self, _: Request<Streaming<agent::ExecInput>>) -> Answer<Self::ExecStream> {
+        Err(Status::unimplemented("exec"))
+    }
+
+    async fn attach(&self, _: Request<Streaming<shim::AttachInput>>) -> Answer<Self::AttachStream> {
+        Err(Status::unimplemented("attach"))
+    }
+
+    async fn port_forward(
+        &self,
+        _: Request<Streaming<agent::PortInput>>,
+    ) -> Answer<Self::PortForwardStream> {
+        Err(Status::unimplemented("port_forward"))
+    }
 
     async fn configure_sandbox(
         &self,
