@@ -1,6 +1,6 @@
 //! What a pod's guest may see of the host: image layers and its containers' volumes.
 
-use a3s_box_volume::Share;
+use a3s_box_volume::{Propagation, Share};
 use oci_spec::runtime::{Mount, Spec};
 use std::{
     collections::HashSet,
@@ -37,7 +37,7 @@ impl PodShare {
             let name = format!("images/{file}");
             if !images.contains(&name) {
                 self.share
-                    .add(&name, blob, true)
+                    .add(&name, blob, true, Propagation::Private)
                     .map_err(|err| failed("share the layer", blob, &err))?;
                 images.insert(name.clone());
             }
@@ -62,8 +62,14 @@ impl PodShare {
             })?;
             let name = format!("volumes/{container}/{number}");
             let read_only = has_option(mount, "ro");
+            let followed = ["rslave", "slave", "rshared", "shared"];
+            let propagation = if followed.iter().any(|option| has_option(mount, option)) {
+                Propagation::HostToContainer
+            } else {
+                Propagation::Private
+            };
             self.share
-                .add(&name, &resolved, read_only)
+                .add(&name, &resolved, read_only, propagation)
                 .map_err(|err| failed("share the mount", &source, &err))?;
             mount.set_source(Some(PathBuf::from(format!("{IN_GUEST}/{name}"))));
         }

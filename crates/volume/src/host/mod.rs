@@ -15,7 +15,7 @@ mod worker;
 
 pub use init::handshake;
 pub use serve::serve;
-pub use share::Share;
+pub use share::{Propagation, Share};
 
 use std::io;
 use std::path::PathBuf;

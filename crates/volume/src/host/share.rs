@@ -1,8 +1,8 @@
 //! The folder that is a pod's share: a small tmpfs that holds mount points only.
 //!
 //! It lives in the shim's private mount namespace. The tmpfs is a shared mount, so what is added
-//! or removed later reaches the volume server's namespace below. What is bound in is a slave of the
-//! host, so later mounts of the host below a volume appear too, and nothing goes back.
+//! or removed later reaches the volume server's namespace below. What is bound in is private, or a slave
+//! of the host, so that later mounts of the host below a volume appear too; nothing goes back.
 
 use super::{Error, Result};
 use a3s_box_sys::mount_attr::{self, Change, flag, propagation};
@@ -21,6 +21,15 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct Share {
     root: PathBuf,
+}
+
+/// Whether a volume shows what is mounted below it on the host later (CRI: MountPropagation).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagation {
+    /// It stays as it was.
+    Private,
+    /// Mounts and unmounts of the host are followed.
+    HostToContainer,
 }
 
 impl Share {
@@ -67,7 +76,13 @@ impl Share {
     /// Shows the file or folder `source`, with everything mounted below it, as `name`
     /// (`images/NAME`, `volumes/CONTAINER/N`). `read_only` holds for all of it, whatever is
     /// mounted below it later. Adding a name a second time is an error.
-    pub fn add(&self, name: &str, source: &Path, read_only: bool) -> Result<()> {
+    pub fn add(
+        &self,
+        name: &str,
+        source: &Path,
+        read_only: bool,
+        propagation: Propagation,
+    ) -> Result<()> {
         let target = self.path(name)?;
         let tree = open_tree(
             CWD,
@@ -87,7 +102,10 @@ impl Share {
         let change = Change {
             set: if read_only { flag::RDONLY } else { 0 },
             // Also when the caller's mounts are peers of the host's: nothing may go back.
-            propagation: propagation::SLAVE,
+            propagation: match propagation {
+                Propagation::Private => propagation::PRIVATE,
+                Propagation::HostToContainer => propagation::SLAVE,
+            },
             recursive: true,
             ..Change::default()
         };

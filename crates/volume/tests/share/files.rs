@@ -2,6 +2,7 @@
 
 use crate::fixture::{Pod, refusal, shell, volume};
 use crate::tests;
+use a3s_box_volume::Propagation;
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -517,7 +518,7 @@ fn an_image_is_mounted_from_the_share() -> Result<()> {
         .args([&blob, &tree])
         .status()?;
     ensure!(made.success());
-    pod.share.add("images/layer", &blob, true)?;
+    pod.share.add("images/layer", &blob, true, Propagation::HostToContainer)?;
     let image = pod.guest.join("images/layer");
     ensure!(fs::read(&image)? == fs::read(&blob)?);
     ensure!(refusal(OpenOptions::new().write(true).open(&image)) == Some(Errno::ROFS));

@@ -1,6 +1,6 @@
 //! A share with a guest: what most tests begin with.
 
-use a3s_box_volume::Share;
+use a3s_box_volume::{Propagation, Share};
 use anyhow::{Context, Result, ensure};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -112,7 +112,7 @@ impl Pod {
         let host = self.host.join(name);
         fs::create_dir_all(&host)?;
         let name = format!("volumes/c/{name}");
-        self.share.add(&name, &host, read_only)?;
+        self.share.add(&name, &host, read_only, Propagation::HostToContainer)?;
         Ok((host, self.guest.join(name)))
     }
 }
