@@ -9,7 +9,13 @@ use a3s_box_api::{
     shim::v1::{self as shim, shim_client},
 };
 use hyper_util::rt::TokioIo;
-use std::{path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 use tokio::net::UnixStream;
 use tonic::{
     Streaming,
@@ -35,7 +41,7 @@ impl ShimClient {
     pub fn new(socket: PathBuf) -> Self {
         let connect = tower::service_fn(move |_| {
             let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            async move { connect(&socket).await.map(TokioIo::new) }
         });
         let channel =
             Endpoint::from_static("http://localhost").connect_with_connector_lazy(connect);
@@ -146,6 +152,16 @@ impl ShimClient {
     }
 }
 
+/// Connects through the folder's descriptor: a path of any length fits.
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    let folder = File::open(folder)?;
+    let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
+    UnixStream::connect(short).await
+}
+
 /// Whom a signal goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whom {
@@ -164,5 +180,21 @@ async fn call<T>(
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(SandboxError::Shim { step, status: Box::new(status) }),
         Err(_) => Err(SandboxError::Timeout { step, within }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_in_a_deep_folder_is_reached() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("x".repeat(200));
+        std::fs::create_dir(&deep).unwrap();
+        let directory = File::open(&deep).unwrap();
+        let short = format!("/proc/self/fd/{}/s", directory.as_raw_fd());
+        let _listener = tokio::net::UnixListener::bind(short).unwrap();
+        connect(&deep.join("s")).await.unwrap();
     }
 }

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The test tools, from the modules that go.mod pins, in target/tools.
+set -euo pipefail
+cd "$(dirname "$0")"
+out=../target/tools
+mkdir -p "$out"
+newer() { [ ! -e "$out/$1" ] || [ go.sum -nt "$out/$1" ] || [ "${2:-go.sum}" -nt "$out/$1" ]; }
+export CGO_ENABLED=0
+if newer crictl; then
+	echo "tools: building crictl" >&2
+	go build -o "$out/crictl" sigs.k8s.io/cri-tools/cmd/crictl
+fi
+if newer critest; then
+	echo "tools: building critest" >&2
+	go test -c -o "$out/critest" sigs.k8s.io/cri-tools/cmd/critest
+fi
+if newer bench bench/main.go; then
+	echo "tools: building the bench client" >&2
+	go build -o "$out/bench" ./bench
+fi
