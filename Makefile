@@ -1,10 +1,11 @@
-# What to type: `make build`, `make test`, `make lint`.
+# What to type: `make demo`, `make build`, `make test`, `make lint`, `make conformance`, `make bench`.
 
 AGENT_TARGET := x86_64-unknown-linux-gnu
 PACKAGES := qemu-system-x86 e2fsprogs erofs-utils libseccomp-dev containernetworking-plugins \
-	docker-registry skopeo iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev busybox-static
+	docker-registry iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev busybox-static \
+	containerd runc jq python3 util-linux procps curl ca-certificates
 
-.PHONY: all build deps guest test lint fmt
+.PHONY: all build deps guest test lint fmt demo conformance bench
 
 all: build
 
@@ -22,6 +23,16 @@ deps: ## Debian packages that are missing
 
 test: build ## every test; as root
 	cargo test --workspace --locked
+
+demo: build ## a pod in a microVM, shown by crictl; IMAGE=... takes one from the internet
+	scripts/demo.sh $(IMAGE)
+
+SERVER ?= a3s
+conformance: build ## critest; SERVER=containerd for Debian's containerd with runc
+	tests/conformance/run $(SERVER) $(ARGS)
+
+bench: build ## beside Debian's containerd with runc
+	bench/run
 
 lint: deps
 	cargo fmt --all --check

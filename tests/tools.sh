@@ -3,18 +3,21 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 out=../target/tools
+go=
+# Looked for only when there is something to build.
+build() { go=${go:-$(../scripts/go.sh)}; "$go" "$@"; }
 mkdir -p "$out"
 newer() { [ ! -e "$out/$1" ] || [ go.sum -nt "$out/$1" ] || [ "${2:-go.sum}" -nt "$out/$1" ]; }
 export CGO_ENABLED=0
 if newer crictl; then
 	echo "tools: building crictl" >&2
-	go build -o "$out/crictl" sigs.k8s.io/cri-tools/cmd/crictl
+	build build -o "$out/crictl" sigs.k8s.io/cri-tools/cmd/crictl
 fi
 if newer critest; then
 	echo "tools: building critest" >&2
-	go test -c -o "$out/critest" sigs.k8s.io/cri-tools/cmd/critest
+	build test -c -o "$out/critest" sigs.k8s.io/cri-tools/cmd/critest
 fi
 if newer bench bench/main.go; then
 	echo "tools: building the bench client" >&2
-	go build -o "$out/bench" ./bench
+	build build -o "$out/bench" ./bench
 fi

@@ -274,14 +274,14 @@ def base_layer(debs, cache):
     return layer.done("gzip")
 
 
-def tools_layer(debs):
+def tools_layer(debs, packing):
     layer = Layer()
     for package in PACKAGES["tools"]:
         layer.package(debs[package], ONLY.get(package))
     layer.file("etc/removed-later", "by the next layer\n").folder("opt").folder("opt/emptied-later")
     layer.file("opt/emptied-later/old", "old\n")
     layer.file("usr/bin/with-capability", "#!/bin/sh\n", 0o755, xattrs={"security.capability": CAP_NET_RAW})
-    return layer.done("zstd")
+    return layer.done(packing)
 
 
 def last_layer(name):
@@ -289,14 +289,14 @@ def last_layer(name):
     return layer.file("opt/emptied-later/new", "new\n").file("etc/image-name", name + "\n").done("gzip")
 
 
-def nginx_layers(debs, port):
+def nginx_layers(debs, port, packing):
     layer = Layer()
     for package in PACKAGES["nginx"]:
         layer.package(debs[package])
     config = Layer().file("etc/nginx/nginx.conf", NGINX % (port, port)).file("entrypoint.sh", ENTRYPOINT, 0o755)
     config.file("etc/nginx/sites-enabled/.wh.default", "").file("etc/nginx/snippets/.wh..wh..opq", "")
     config.file("usr/share/nginx/html/index.html", "served by nginx in a pod\n")
-    return [layer.done("zstd"), config.done("gzip")]
+    return [layer.done(packing), config.done("gzip")]
 
 
 def no_new_privs_layer(cache):
@@ -317,10 +317,12 @@ def main():
     if stamp.is_file() and stamp.read_text() == stamp_text and registry.ask("GET", "/v2/library/demo/tags/list")[0].status == 200:
         return
     say("building layers")
-    base, tools = base_layer(debs, cache), tools_layer(debs)
+    base = base_layer(debs, cache)
+    # Docker's types have no zstd.
+    tools = {"docker": tools_layer(debs, "gzip"), "oci": tools_layer(debs, "zstd")}
 
-    def busybox(name, config=None, **more):
-        push(registry, name, [base, tools, last_layer(more.pop("content", name))], config, **more)
+    def busybox(name, config=None, content=None, style="docker", index=False):
+        push(registry, name, [base, tools[style], last_layer(content or name)], config, style, index)
 
     say("pushing")
     e2e, staging = "e2e-test-images/", "k8s-staging-cri-tools/"
@@ -328,10 +330,10 @@ def main():
     busybox("library/demo:latest", style="oci", index=True)
     web = {"Entrypoint": ["/entrypoint.sh"], "Cmd": ["nginx", "-g", "daemon off;"],
            "ExposedPorts": {"80/tcp": {}}, "StopSignal": "SIGQUIT"}
-    served = nginx_layers(debs, 80)
-    push(registry, e2e + "nginx:1.14-2", [base, tools, *served], web, style="oci", index=True)
-    push(registry, "library/nginx:latest", [base, tools, *served, last_layer("nginx")], web, style="oci", index=True)
-    push(registry, staging + "hostnet-nginx-amd64:latest", [base, *nginx_layers(debs, 12003)], web)
+    served = [base, tools["oci"], *nginx_layers(debs, 80, "zstd")]
+    push(registry, e2e + "nginx:1.14-2", served, web, style="oci", index=True)
+    push(registry, "library/nginx:latest", [*served, last_layer("nginx")], web, style="oci", index=True)
+    push(registry, staging + "hostnet-nginx-amd64:latest", [base, *nginx_layers(debs, 12003, "gzip")], web)
     httpd = "mkdir -p /www; echo It works > /www/index.html; echo httpd is listening; exec httpd -f -p 80 -h /www"
     busybox(e2e + "httpd:2.4.39-4", {"Cmd": ["sh", "-c", httpd]})
     push(registry, e2e + "nonewprivs:1.3", [base, no_new_privs_layer(cache)], {"Cmd": ["/nnp"]})
