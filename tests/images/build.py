@@ -74,6 +74,19 @@ NO_NEW_PRIVS = """#include <stdio.h>
 #include <unistd.h>
 int main(void) { printf("Effective uid: %d\\n", geteuid()); return 0; }
 """
+PAUSE = """#include <signal.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static void end(int signal) { (void)signal; _exit(0); }
+static void reap(int signal) { (void)signal; while (waitpid(-1, NULL, WNOHANG) > 0) {} }
+int main(void) {
+	signal(SIGINT, end);
+	signal(SIGTERM, end);
+	signal(SIGCHLD, reap);
+	for (;;) pause();
+}
+"""
 
 
 def say(text):
@@ -299,11 +312,11 @@ def nginx_layers(debs, port, packing):
     return [layer.done(packing), config.done("gzip")]
 
 
-def no_new_privs_layer(cache):
-    source, binary = cache / "nnp.c", cache / "nnp"
-    source.write_text(NO_NEW_PRIVS)
-    subprocess.run(["gcc", "-static", "-O1", "-s", "-o", binary, source], check=True)
-    return Layer().file("nnp", binary.read_bytes(), 0o4755).done("gzip")
+def static_program(cache, name, source):
+    file = cache / f"{name}.c"
+    file.write_text(source)
+    subprocess.run(["gcc", "-static", "-O1", "-s", "-o", cache / name, file], check=True)
+    return (cache / name).read_bytes()
 
 
 def main():
@@ -336,7 +349,8 @@ def main():
     push(registry, staging + "hostnet-nginx-amd64:latest", [base, *nginx_layers(debs, 12003, "gzip")], web)
     httpd = "mkdir -p /www; echo It works > /www/index.html; echo httpd is listening; exec httpd -f -p 80 -h /www"
     busybox(e2e + "httpd:2.4.39-4", {"Cmd": ["sh", "-c", httpd]})
-    push(registry, e2e + "nonewprivs:1.3", [base, no_new_privs_layer(cache)], {"Cmd": ["/nnp"]})
+    nnp = Layer().file("nnp", static_program(cache, "nnp", NO_NEW_PRIVS), 0o4755).done("gzip")
+    push(registry, e2e + "nonewprivs:1.3", [base, nnp], {"Cmd": ["/nnp"]})
     busybox(staging + "test-image-latest:latest")
     busybox(staging + "test-image-tag:test", {"Cmd": ["sleep", "1000"]})
     busybox(staging + "test-image-tag:all", style="oci")
@@ -347,9 +361,10 @@ def main():
                        ("username-group", "www-data:1004")]:
         busybox(f"{staging}test-image-user-{name}:latest", {"User": user})
     busybox(staging + "test-image-predefined-group:latest", {"User": "1000", "Cmd": ["sleep", "infinity"]})
-    # Two names of one image for critest, and another one for runtimes that need a sandbox image.
-    busybox("pause:3.9", {"Entrypoint": ["sleep", "infinity"], "Cmd": None})
-    busybox("pause:3.6", {"Entrypoint": ["sleep", "infinity"], "Cmd": None})
+    # Pulled by critest under two names, and another one for runtimes that need a sandbox image.
+    for version in ["3.9", "3.6"]:
+        pause = Layer().file("pause", static_program(cache, "pause", PAUSE), 0o755).file("version", version + "\n")
+        push(registry, f"pause:{version}", [pause.done("gzip")], {"Entrypoint": ["/pause"], "Cmd": None})
     for tag in ["1.35.0-glibc", "1-uclibc", "1", "1-glibc", "1-musl"]:
         busybox(f"docker/library/busybox:{tag}")
     stamp.write_text(stamp_text)
