@@ -10,13 +10,14 @@ ALLOWED = {
     "types": set(),
     "sys": set(),
     "store": {"types", "sys"},
+    "streaming": set(),
     "image": {"store", "sys", "types"},
     "net": {"store", "sys", "types"},
     "vmm": {"store", "sys", "types"},
     "volume": {"store", "sys", "types"},
     "agent": {"api", "volume", "store", "sys", "types"},
     "shim": {"api", "vmm", "volume", "store", "sys", "types"},
-    "cri": {"api", "image", "net", "vmm", "store", "sys", "types"},
+    "cri": {"api", "image", "net", "streaming", "vmm", "store", "sys", "types"},
 }
 PREFIX = "a3s-box-"
 

@@ -1,0 +1,303 @@
+//! The HTTP server: a URL for each request that came over gRPC, and what becomes of it.
+
+use crate::{
+    AttachRequest, Backend, BackendError, ExecRequest, PortForwardRequest, Streams, TooMany,
+    activity,
+    channels::Wanted,
+    port_forward, remote_command,
+    spdy::Session,
+    status::End,
+    token::Tokens,
+    tunnel::{self, Tunnel},
+    upgrade::{self, Answer, Wish},
+    websocket,
+};
+use http::{Method, Request, StatusCode, header};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use std::{convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+/// How long a client may take for the head of its request.
+const HEAD: Duration = Duration::from_secs(30);
+
+/// How the server listens and how patient it is.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to listen; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// What URLs begin with; `None`: `http://` and the address.
+    pub advertised: Option<String>,
+    /// A session on which nothing moves for so long ends.
+    pub idle: Duration,
+    /// How long a client may take to open its streams.
+    pub creation: Duration,
+}
+
+/// Gives out URLs. Cheap to clone.
+#[derive(Clone)]
+pub struct Urls {
+    base: Arc<str>,
+    tokens: Arc<Tokens<Wanting>>,
+}
+
+impl fmt::Debug for Urls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Urls").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+enum Wanting {
+    Exec(ExecRequest),
+    Attach(AttachRequest),
+    PortForward(PortForwardRequest),
+}
+
+impl Wanting {
+    fn path(&self) -> &'static str {
+        match self {
+            Self::Exec(_) => "exec",
+            Self::Attach(_) => "attach",
+            Self::PortForward(_) => "portforward",
+        }
+    }
+}
+
+impl Urls {
+    /// Where this exec can be had, once, within a minute.
+    ///
+    /// # Errors
+    /// Too many requests wait for their clients.
+    pub fn exec(&self, request: ExecRequest) -> Result<String, TooMany> {
+        self.keep(Wanting::Exec(request))
+    }
+
+    /// Where this attach can be had, once, within a minute.
+    ///
+    /// # Errors
+    /// Too many requests wait for their clients.
+    pub fn attach(&self, request: AttachRequest) -> Result<String, TooMany> {
+        self.keep(Wanting::Attach(request))
+    }
+
+    /// Where this port-forward can be had, once, within a minute.
+    ///
+    /// # Errors
+    /// Too many requests wait for their clients.
+    pub fn port_forward(&self, request: PortForwardRequest) -> Result<String, TooMany> {
+        self.keep(Wanting::PortForward(request))
+    }
+
+    fn keep(&self, wanting: Wanting) -> Result<String, TooMany> {
+        let path = wanting.path();
+        Ok(format!("{}/{path}/{}", self.base, self.tokens.keep(wanting)?))
+    }
+}
+
+/// A server that listens already.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    config: Config,
+    urls: Urls,
+}
+
+impl Server {
+    /// Listens.
+    ///
+    /// # Errors
+    /// The address cannot be had.
+    pub async fn bind(config: Config) -> io::Result<Self> {
+        let listener = TcpListener::bind(config.address).await?;
+        let base = match &config.advertised {
+            Some(base) => base.trim_end_matches('/').into(),
+            None => format!("http://{}", listener.local_addr()?).into(),
+        };
+        let urls = Urls { base, tokens: Arc::default() };
+        Ok(Self { listener, config, urls })
+    }
+
+    /// Gives out this server's URLs.
+    pub fn urls(&self) -> Urls {
+        self.urls.clone()
+    }
+
+    /// Serves until dropped; sessions under way go on.
+    pub async fn serve<B: Backend>(self, backend: Arc<B>) {
+        let shared = Arc::new(Shared { tokens: self.urls.tokens, config: self.config, backend });
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    tokio::spawn(connection(stream, shared.clone()));
+                }
+                Err(error) => {
+                    // Out of descriptors: others may be closed meanwhile.
+                    debug!(%error, "a streaming connection cannot be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+}
+
+struct Shared<B> {
+    tokens: Arc<Tokens<Wanting>>,
+    config: Config,
+    backend: Arc<B>,
+}
+
+async fn connection<B: Backend>(stream: TcpStream, shared: Arc<Shared<B>>) {
+    // Keystrokes must not wait for more of them.
+    stream.set_nodelay(true).ok();
+    let service = hyper::service::service_fn(move |request| {
+        let answer = answer(request, &shared);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(hyper_util::rt::TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
+        .await;
+    if let Err(error) = served {
+        debug!(%error, "a streaming connection ends");
+    }
+}
+
+/// Answers the request and, after a yes, starts its session.
+fn answer<B: Backend>(request: Request<Incoming>, shared: &Arc<Shared<B>>) -> Answer {
+    let parts: Vec<_> = request.uri().path().trim_start_matches('/').split('/').collect();
+    let &[kind @ ("exec" | "attach" | "portforward"), token] = &*parts else {
+        return upgrade::answer(StatusCode::NOT_FOUND, "404 page not found");
+    };
+    if !matches!(*request.method(), Method::GET | Method::POST) {
+        let mut no = upgrade::answer(StatusCode::METHOD_NOT_ALLOWED, "405: only GET and POST");
+        no.headers_mut().insert(header::ALLOW, http::HeaderValue::from_static("GET, POST"));
+        return no;
+    }
+    let wanting = shared.tokens.take(token).filter(|wanting| wanting.path() == kind);
+    let Some(wanting) = wanting else {
+        return upgrade::answer(StatusCode::NOT_FOUND, "404 page not found");
+    };
+    let Some(wish) = upgrade::wish(request.headers()) else {
+        let text = "unable to upgrade: the request asks for neither SPDY/3.1 nor a WebSocket";
+        return upgrade::answer(StatusCode::BAD_REQUEST, text);
+    };
+    begin(request, wanting, wish, shared.clone()).unwrap_or_else(|refusal| *refusal)
+}
+
+fn begin<B: Backend>(
+    mut request: Request<Incoming>,
+    wanting: Wanting,
+    wish: Wish,
+    shared: Arc<Shared<B>>,
+) -> Result<Answer, Box<Answer>> {
+    let ours: &[&'static str] = match (&wanting, wish) {
+        (Wanting::PortForward(_), Wish::Spdy) => &[port_forward::PROTOCOL],
+        (Wanting::PortForward(_), Wish::WebSocket) => &[tunnel::PROTOCOL],
+        (_, Wish::Spdy) => &remote_command::PROTOCOLS,
+        (_, Wish::WebSocket) => &websocket::PROTOCOLS,
+    };
+    let name = match wish {
+        Wish::Spdy => upgrade::PROTOCOL,
+        Wish::WebSocket => header::SEC_WEBSOCKET_PROTOCOL,
+    };
+    let (protocol, named) = upgrade::choose(request.headers(), &name, ours)?;
+    let said = named.then_some(protocol);
+    let yes = match wish {
+        Wish::Spdy => upgrade::to_spdy(said),
+        Wish::WebSocket => upgrade::to_websocket(request.headers(), said),
+    };
+    if yes.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Box::new(yes));
+    }
+    let upgraded = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgraded.await {
+            Ok(io) => session(TokioIo::new(io), wanting, wish, protocol, shared).await,
+            Err(error) => debug!(%error, "a client goes while it is answered"),
+        }
+    });
+    Ok(yes)
+}
+
+async fn session<B: Backend>(
+    io: TokioIo<hyper::upgrade::Upgraded>,
+    wanting: Wanting,
+    wish: Wish,
+    protocol: &'static str,
+    shared: Arc<Shared<B>>,
+) {
+    let Shared { config, backend, .. } = &*shared;
+    let gone = CancellationToken::new();
+    let io = activity::watch(io, config.idle, gone.clone());
+    let wanted = match &wanting {
+        Wanting::Exec(request) => Wanted::from(request),
+        Wanting::Attach(request) => Wanted::from(request),
+        Wanting::PortForward(request) => {
+            let session = match wish {
+                Wish::Spdy => Session::start(io, gone),
+                Wish::WebSocket => Session::start(Tunnel::over(io).await, gone),
+            };
+            return port_forward::serve(session, request.clone(), backend.clone(), config.creation)
+                .await;
+        }
+    };
+    match wish {
+        Wish::Spdy => {
+            let session = Session::start(io, gone.clone());
+            let client =
+                remote_command::accept(session, protocol, wanted, config.creation, gone.clone())
+                    .await;
+            let Some(mut client) = client else {
+                debug!("a client did not open its streams in time");
+                return gone.cancel();
+            };
+            let streams = client.take_streams();
+            if let Some(end) = run(&**backend, wanting, streams, &gone).await {
+                client.finish(&end).await;
+            }
+        }
+        Wish::WebSocket => {
+            let (client, streams) = websocket::accept(io, protocol, wanted, gone.clone()).await;
+            if let Some(end) = run(&**backend, wanting, streams, &gone).await {
+                client.finish(&end).await;
+            }
+        }
+    }
+    gone.cancel();
+}
+
+/// How it ended; `None`: the client went first, and nobody is left to tell.
+async fn run<B: Backend>(
+    backend: &B,
+    wanting: Wanting,
+    streams: Streams,
+    gone: &CancellationToken,
+) -> Option<End> {
+    let work = async {
+        match wanting {
+            Wanting::Exec(request) => {
+                let command = request.command.clone();
+                match backend.exec(request, streams).await {
+                    Ok(0) => End::Success,
+                    Ok(code) => End::Code(code, command),
+                    Err(error) => End::Failed("error executing command in container", error),
+                }
+            }
+            Wanting::Attach(request) => match backend.attach(request, streams).await {
+                Ok(()) => End::Success,
+                Err(error) => End::Failed("error attaching to container", error),
+            },
+            // Served elsewhere.
+            Wanting::PortForward(_) => End::Failed("port-forward", BackendError(String::new())),
+        }
+    };
+    tokio::select! {
+        end = work => Some(end),
+        () = gone.cancelled() => None,
+    }
+}
