@@ -9,6 +9,7 @@ use crate::{
     image_remove::remove_image,
     image_status::image_status,
     images::{Auth, Image, ImageRpcError, ImageStore, Usage},
+    serve::streaming_server,
     status::Failure,
 };
 use a3s_box_api::cri;
@@ -74,7 +75,7 @@ struct Node {
     store: Arc<FakeStore>,
 }
 
-fn node() -> Node {
+async fn node() -> Node {
     let folder = tempfile::tempdir().unwrap();
     let mut config = Config::parse("", &Beside::folder(folder.path())).unwrap();
     config.root = folder.path().join("root");
@@ -85,7 +86,9 @@ fn node() -> Node {
         .lock()
         .unwrap()
         .extend([image("sha256:1", "a:1", "1003:5"), image("sha256:2", "b:1", "")]);
-    let server = Server { images: store.clone(), ..Server::open(config).unwrap() };
+    let streaming = streaming_server(&config).await.unwrap();
+    let opened = Server::open(config, streaming.urls()).unwrap();
+    let server = Server { images: store.clone(), ..opened };
     Node { folder, server: Arc::new(server), store }
 }
 
@@ -101,7 +104,7 @@ async fn list(node: &Node, name: &str) -> Vec<String> {
 
 #[tokio::test]
 async fn lists_are_filtered_by_any_name_of_the_image() {
-    let node = node();
+    let node = node().await;
     assert_eq!(list(&node, "").await, ["sha256:1", "sha256:2"]);
     assert_eq!(list(&node, "b:1").await, ["sha256:2"]);
     assert!(list(&node, "c").await.is_empty());
@@ -109,7 +112,7 @@ async fn lists_are_filtered_by_any_name_of_the_image() {
 
 #[tokio::test]
 async fn status_tells_the_user_and_when_asked_the_whole_config() {
-    let node = node();
+    let node = node().await;
     let ask = |name: &str, verbose| {
         let request = cri::ImageStatusRequest { image: spec(name), verbose };
         image_status(node.server.clone(), request)
@@ -127,7 +130,7 @@ async fn status_tells_the_user_and_when_asked_the_whole_config() {
 
 #[tokio::test]
 async fn a_pull_passes_credentials_on_and_answers_the_id() {
-    let node = node();
+    let node = node().await;
     let pull = |name: &str, auth| {
         let request = cri::PullImageRequest { image: spec(name), auth, ..Default::default() };
         pull_image(node.server.clone(), request)
@@ -143,7 +146,7 @@ async fn a_pull_passes_credentials_on_and_answers_the_id() {
 
 #[tokio::test]
 async fn removing_an_image_twice_succeeds() {
-    let node = node();
+    let node = node().await;
     for _ in 0..2 {
         let request = cri::RemoveImageRequest { image: spec("a:1") };
         remove_image(node.server.clone(), request).await.unwrap();
@@ -153,7 +156,7 @@ async fn removing_an_image_twice_succeeds() {
 
 #[tokio::test]
 async fn images_and_containers_are_told_to_share_one_file_system() {
-    let node = node();
+    let node = node().await;
     let disk = node.folder.path().join("root/sandboxes/x/disk.ext4");
     std::fs::create_dir_all(disk.parent().unwrap()).unwrap();
     std::fs::write(disk, vec![1; 1 << 20]).unwrap();

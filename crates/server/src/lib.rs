@@ -45,6 +45,7 @@ pub mod shim_client;
 pub mod status;
 pub mod stop_signal;
 pub mod stream_lists;
+pub mod streaming;
 pub mod templates;
 pub mod version;
 pub mod vm_size;

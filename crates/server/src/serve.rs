@@ -9,12 +9,14 @@ use crate::{
     images::{ForContainers, ImageStore},
     node::Node,
     service::Service,
+    streaming::Pods,
     templates::GuestTemplates,
 };
 use a3s_box_api::cri::{
     image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer,
 };
 use a3s_box_net::Cni;
+use a3s_box_streaming::Urls;
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::{
@@ -45,11 +47,13 @@ pub struct Server {
     pub templates: GuestTemplates,
     /// Sandboxes and containers.
     pub node: Arc<Node>,
+    /// Where exec, attach and port-forward are served.
+    pub urls: Urls,
 }
 
 impl Server {
     /// Opens everything; nothing is begun and nothing answered yet. Call inside a runtime.
-    pub fn open(config: Config) -> Result<Self> {
+    pub fn open(config: Config, urls: Urls) -> Result<Self> {
         let images = image_store::open(&config).context("open the image store")?;
         let network = &config.network;
         let cni = Cni::new(
@@ -63,7 +67,7 @@ impl Server {
         let for_containers = Box::new(ForContainers(images.clone()));
         let node = Node::open(&config, cni.clone(), Arc::new(templates.clone()), for_containers)
             .context("open the records of sandboxes")?;
-        Ok(Self { config, images, cni, templates, node: Arc::new(node) })
+        Ok(Self { config, images, cni, templates, node: Arc::new(node), urls })
     }
 }
 
@@ -74,19 +78,35 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<()>
     }
     let _lock = lock(&config.state)?;
     let socket = config.socket.clone();
-    let server = Arc::new(Server::open(config)?);
+    let streaming = streaming_server(&config).await?;
+    let server = Arc::new(Server::open(config, streaming.urls())?);
     server.node.sandboxes.recover().await.context("take in the sandboxes of a former server")?;
     let templates = tokio::spawn(server.templates.clone().prepare());
+    let streaming = tokio::spawn(streaming.serve(Arc::new(Pods(server.node.clone()))));
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     info!(socket = %socket.display(), version = crate::version::RUNTIME_VERSION, "serving");
     notify_ready();
     answer(server, listener, stop).await?;
     templates.abort();
+    streaming.abort();
     if let Err(error) = fs::remove_file(&socket) {
         warn!(%error, socket = %socket.display(), "cannot remove the socket");
     }
     info!("stopped; pods go on");
     Ok(())
+}
+
+/// Listens for clients of exec, attach and port-forward, as configured.
+pub(crate) async fn streaming_server(config: &Config) -> Result<a3s_box_streaming::Server> {
+    let streaming = &config.streaming;
+    let settings = a3s_box_streaming::Config {
+        address: streaming.address,
+        advertised: streaming.advertised.clone(),
+        idle: streaming.idle_timeout,
+        creation: streaming.creation_timeout,
+    };
+    let bound = a3s_box_streaming::Server::bind(settings).await;
+    bound.with_context(|| format!("listen on {} (streaming.address)", streaming.address))
 }
 
 /// Answers RPCs until `stop`, then gives those under way a moment.

@@ -10,7 +10,7 @@ use crate::{
     sandbox_stats, sandbox_status, sandbox_stop,
     status::{Failure, NodeError, status},
     stream_lists::in_batches,
-    version,
+    streaming, version,
 };
 use a3s_box_api::cri::{
     self, image_service_server::ImageService, runtime_service_server::RuntimeService,
@@ -300,19 +300,25 @@ impl RuntimeService for Service {
         .await
     }
 
-    async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
-        not_there("Exec")
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("Exec", about, request, streaming::exec).await
     }
 
-    async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
-        not_there("Attach")
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("Attach", about, request, streaming::attach).await
     }
 
     async fn port_forward(
         &self,
-        _: Request<cri::PortForwardRequest>,
+        request: Request<cri::PortForwardRequest>,
     ) -> Answer<cri::PortForwardResponse> {
-        not_there("PortForward")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("PortForward", about, request, streaming::port_forward).await
     }
 
     async fn container_stats(

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 use tokio::net::UnixStream;
+use tokio_stream::Stream;
 use tonic::{
     Streaming,
     transport::{Channel, Endpoint},
@@ -136,6 +137,33 @@ impl ShimClient {
         let mut client = self.client.clone();
         let request = shim::StatsRequest { container_ids };
         call("ask for stats", QUICK, client.stats(request)).await
+    }
+
+    /// Runs a command with streams. Dropping the answers kills it.
+    pub async fn exec(
+        &self,
+        inputs: impl Stream<Item = agent::ExecInput> + Send + 'static,
+    ) -> Result<Streaming<agent::ExecOutput>, SandboxError> {
+        let mut client = self.client.clone();
+        call("run the command", GUEST, client.exec(inputs)).await
+    }
+
+    /// A container's own streams, from now on.
+    pub async fn attach(
+        &self,
+        inputs: impl Stream<Item = shim::AttachInput> + Send + 'static,
+    ) -> Result<Streaming<agent::IoOutput>, SandboxError> {
+        let mut client = self.client.clone();
+        call("attach to the container", QUICK, client.attach(inputs)).await
+    }
+
+    /// A connection to a port of the pod.
+    pub async fn port_forward(
+        &self,
+        inputs: impl Stream<Item = agent::PortInput> + Send + 'static,
+    ) -> Result<Streaming<agent::PortOutput>, SandboxError> {
+        let mut client = self.client.clone();
+        call("connect to the port", GUEST, client.port_forward(inputs)).await
     }
 
     /// Exits and the boundary's end, from the beginning.

@@ -165,11 +165,13 @@ impl Container {
             Some(attached) => attached.push(client.clone()),
             None => return Err(Status::failed_precondition("the container has ended")),
         }
-        let io = self.io.clone();
+        let (io, mut drained) = (self.io.clone(), self.drained.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = io.feed(first, inputs) => {}
                 () = client.closed() => {}
+                // This handle on the client must not keep its call open after the container's end.
+                _ = drained.wait_for(|drained| *drained) => {}
             }
         });
         Ok(answers)

@@ -38,12 +38,12 @@ pub(crate) fn choose<'a>(
     headers: &HeaderMap,
     name: &HeaderName,
     ours: &[&'a str],
-) -> Result<(&'a str, bool), Answer> {
+) -> Result<(&'a str, bool), Box<Answer>> {
     let theirs: Vec<_> = words(headers, name).collect();
     if theirs.is_empty() {
         return match ours.last() {
             Some(last) => Ok((last, false)),
-            None => Err(answer(StatusCode::BAD_REQUEST, "no protocol")),
+            None => Err(Box::new(answer(StatusCode::BAD_REQUEST, "no protocol"))),
         };
     }
     match ours.iter().find(|one| theirs.contains(one)) {
@@ -57,7 +57,7 @@ pub(crate) fn choose<'a>(
                     refusal.headers_mut().append(ACCEPTED, value);
                 }
             }
-            Err(refusal)
+            Err(Box::new(refusal))
         }
     }
 }

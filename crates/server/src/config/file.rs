@@ -20,6 +20,9 @@ pub struct RawConfig {
     pub(super) bin_dirs: Option<Vec<PathBuf>>,
     pub(super) plugin_timeout_ms: Option<u64>,
     pub(super) address: Option<SocketAddr>,
+    pub(super) advertised: Option<String>,
+    pub(super) idle_timeout_ms: Option<u64>,
+    pub(super) creation_timeout_ms: Option<u64>,
     pub(super) vm: RawVm,
     pub(super) handlers: BTreeMap<String, RawHandler>,
 }
@@ -79,7 +82,12 @@ pub fn parse(text: &str) -> (RawConfig, Vec<Problem>) {
         raw.bin_dirs = network.take("bin_dirs", paths);
         raw.plugin_timeout_ms = network.take("plugin_timeout_ms", positive);
     });
-    top.section("streaming", |streaming| raw.address = streaming.take("address", address));
+    top.section("streaming", |streaming| {
+        raw.address = streaming.take("address", address);
+        raw.advertised = streaming.take("advertised", url);
+        raw.idle_timeout_ms = streaming.take("idle_timeout_ms", positive);
+        raw.creation_timeout_ms = streaming.take("creation_timeout_ms", positive);
+    });
     top.section("vm", |vm| raw.vm = read_vm(vm));
     top.section("handlers", |handlers| {
         for name in handlers.keys() {
@@ -223,6 +231,14 @@ fn filter(value: &DeValue<'_>) -> Result<String, String> {
 fn address(value: &DeValue<'_>) -> Result<SocketAddr, String> {
     let text = string(value)?;
     text.parse().map_err(|_| format!("{text:?} is not an IP address with a port"))
+}
+
+fn url(value: &DeValue<'_>) -> Result<String, String> {
+    let text = string(value)?;
+    if text.starts_with("http://") || text.starts_with("https://") {
+        return Ok(text.to_owned());
+    }
+    Err(format!("{text:?} does not begin with http:// or https://"))
 }
 
 fn positive<N: std::str::FromStr + PartialOrd + From<u8>>(

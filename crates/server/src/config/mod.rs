@@ -71,6 +71,12 @@ pub struct NetworkConfig {
 pub struct StreamingConfig {
     /// Where the streaming server listens; port 0: any.
     pub address: SocketAddr,
+    /// What clients' URLs begin with; `None`: `http://` and the address.
+    pub advertised: Option<String>,
+    /// A session on which nothing moves for so long ends.
+    pub idle_timeout: Duration,
+    /// How long a client may take to open its streams.
+    pub creation_timeout: Duration,
 }
 
 /// `[vm]`.
@@ -233,6 +239,9 @@ impl Config {
             },
             streaming: StreamingConfig {
                 address: raw.address.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
+                advertised: raw.advertised,
+                idle_timeout: milliseconds(raw.idle_timeout_ms, 4 * 60 * 60 * 1000),
+                creation_timeout: milliseconds(raw.creation_timeout_ms, 30_000),
             },
             vm: VmSettings {
                 accel: vm.accel.unwrap_or(AccelChoice::Auto),

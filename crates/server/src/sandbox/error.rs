@@ -65,6 +65,9 @@ pub enum SandboxError {
         /// Where it would have to stand.
         needed: &'static str,
     },
+    /// Too much of something waits already.
+    #[error("{0}")]
+    Busy(String),
     /// Stop or Remove came while it was being made.
     #[error("{kind} {id} was stopped while it was being created")]
     Stopped {
@@ -116,7 +119,12 @@ pub enum SandboxError {
 }
 
 impl SandboxError {
-    /// A field with a value that means nothing.
+    /// Too much of something waits already.
+    pub fn busy(why: String) -> Self {
+        Self::Busy(why)
+    }
+
+    /// A field has a value that means nothing.
     pub fn invalid(field: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), why: why.into() }
     }
@@ -159,6 +167,7 @@ impl Failure for SandboxError {
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::NotFound { .. } => Code::NotFound,
             Self::NameInUse { .. } => Code::AlreadyExists,
+            Self::Busy(_) => Code::ResourceExhausted,
             Self::State { .. } => Code::FailedPrecondition,
             Self::Stopped { .. } => Code::Aborted,
             Self::Timeout { .. } => Code::DeadlineExceeded,

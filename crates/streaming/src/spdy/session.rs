@@ -251,7 +251,7 @@ impl Receiving {
         flags: u8,
         headers: Vec<(String, String)>,
     ) -> io::Result<()> {
-        if id % 2 == 0 || id <= self.last {
+        if id.is_multiple_of(2) || id <= self.last {
             return Err(invalid(format!("stream {id} is none that a client may begin now")));
         }
         self.last = id;
