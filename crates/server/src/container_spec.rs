@@ -118,22 +118,30 @@ fn mount(mount: &cri::Mount) -> Result<MountSpec, SandboxError> {
     if !mount.host_path.starts_with('/') || mount.host_path.contains('\0') {
         return Err(SandboxError::invalid(at("host_path"), "is not an absolute path"));
     }
-    if mount.recursive_read_only {
-        let why = "not announced in Status for this handler";
-        return Err(SandboxError::unsupported(at("recursive_read_only"), why));
-    }
     if let Some(option) = mount.mount_options.first() {
         let why = "mount options are not there yet";
         return Err(SandboxError::unsupported(at(&format!("mount_options[{option}]")), why));
     }
     security::no_id_mappings(&at("uidMappings"), &mount.uid_mappings)?;
     security::no_id_mappings(&at("gidMappings"), &mount.gid_mappings)?;
+    let propagation = propagation(mount, &at("propagation"))?;
+    if mount.recursive_read_only {
+        let bad = |why| Err(SandboxError::invalid(at("recursive_read_only"), why));
+        if !mount.readonly {
+            return bad("needs readonly");
+        }
+        // What the host mounts below it later would not be read-only.
+        if propagation != Propagation::Private {
+            return bad("needs propagation = PROPAGATION_PRIVATE");
+        }
+    }
     Ok(MountSpec {
         container_path: mount.container_path.clone(),
         host_path: mount.host_path.clone(),
         readonly: mount.readonly,
+        recursive_readonly: mount.recursive_read_only,
         selinux_relabel: mount.selinux_relabel,
-        propagation: propagation(mount, &at("propagation"))?,
+        propagation,
     })
 }
 
@@ -321,7 +329,6 @@ mod tests {
                 c.cdi_devices = vec![cri::CdiDevice { name: "a/b=c".into() }];
             }),
             ("mounts[/data].image", |c| c.mounts[0].image = Some(Default::default())),
-            ("mounts[/data].recursive_read_only", |c| c.mounts[0].recursive_read_only = true),
             ("mounts[/data].mount_options[noexec]", |c| {
                 c.mounts[0].mount_options = vec!["noexec".into()];
             }),
@@ -364,6 +371,13 @@ mod tests {
             ("log_path", |c| c.log_path = "/x.log".into()),
             ("mounts[data].container_path", |c| c.mounts[0].container_path = "data".into()),
             ("mounts[/data].host_path", |c| c.mounts[0].host_path.clear()),
+            ("mounts[/data].recursive_read_only: needs readonly", |c| {
+                c.mounts[0].recursive_read_only = true;
+            }),
+            ("mounts[/data].recursive_read_only: needs propagation", |c| {
+                let mount = &mut c.mounts[0];
+                (mount.readonly, mount.recursive_read_only, mount.propagation) = (true, true, 1);
+            }),
             ("memory_limit_in_bytes", |c| resources(c).memory_limit_in_bytes = -1),
             ("oom_score_adj", |c| resources(c).oom_score_adj = 1001),
             ("run_as_user", |c| security(c).run_as_user = Some(cri::Int64Value { value: -1 })),

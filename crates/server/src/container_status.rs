@@ -102,6 +102,7 @@ fn mount(mount: &MountSpec) -> cri::Mount {
         container_path: mount.container_path.clone(),
         host_path: mount.host_path.clone(),
         readonly: mount.readonly,
+        recursive_read_only: mount.recursive_readonly,
         selinux_relabel: mount.selinux_relabel,
         propagation: propagation.into(),
         ..Default::default()

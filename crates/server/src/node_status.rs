@@ -37,7 +37,9 @@ fn condition(r#type: &str, reason: &str, state: Result<(), String>) -> cri::Runt
 }
 
 fn handler(name: &str) -> cri::RuntimeHandler {
-    let features = cri::RuntimeHandlerFeatures::default();
+    // The guest's kernel does it all, and is the same for every handler.
+    let features =
+        cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, ..Default::default() };
     cri::RuntimeHandler { name: name.to_owned(), features: Some(features) }
 }
 

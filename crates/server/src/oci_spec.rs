@@ -121,7 +121,11 @@ fn mounts(container: &ContainerSpec) -> Vec<Mount> {
 }
 
 fn bind(spec: &MountSpec) -> Mount {
-    let access = if spec.readonly { "ro" } else { "rw" };
+    let access = match (spec.readonly, spec.recursive_readonly) {
+        (_, true) => "rro",
+        (true, false) => "ro",
+        (false, false) => "rw",
+    };
     let propagation = match spec.propagation {
         Propagation::Private => "rprivate",
         Propagation::HostToContainer => "rslave",
@@ -333,6 +337,7 @@ mod tests {
             container_path: path.into(),
             host_path: "/h".into(),
             readonly,
+            recursive_readonly: false,
             selinux_relabel: false,
             propagation,
         }
@@ -345,6 +350,7 @@ mod tests {
             bind_at("/a/b/c", true, Propagation::Private),
             bind_at("/a", false, Propagation::HostToContainer),
             bind_at("/sys/", false, Propagation::Private),
+            MountSpec { recursive_readonly: true, ..bind_at("/z", true, Propagation::Private) },
         ];
         let spec = built(&container);
         let mounts = spec.mounts().clone().unwrap();
@@ -352,10 +358,21 @@ mod tests {
             mounts.iter().map(|mount| mount.destination().to_str().unwrap()).collect();
         assert_eq!(
             paths,
-            ["/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys/fs/cgroup", "/a", "/sys/", "/a/b/c"]
+            [
+                "/proc",
+                "/dev",
+                "/dev/pts",
+                "/dev/mqueue",
+                "/sys/fs/cgroup",
+                "/a",
+                "/sys/",
+                "/z",
+                "/a/b/c"
+            ]
         );
         assert_eq!(mounts[5].options().clone().unwrap(), words(&["rbind", "rslave", "rw"]));
-        assert_eq!(mounts[7].options().clone().unwrap(), words(&["rbind", "rprivate", "ro"]));
+        assert_eq!(mounts[7].options().clone().unwrap(), words(&["rbind", "rprivate", "rro"]));
+        assert_eq!(mounts[8].options().clone().unwrap(), words(&["rbind", "rprivate", "ro"]));
         let linux = spec.linux().clone().unwrap();
         assert_eq!(linux.rootfs_propagation().as_deref(), Some("rslave"));
     }

@@ -1,6 +1,6 @@
 //! What a pod's guest may see of the host: image layers and its containers' volumes.
 
-use a3s_box_volume::{Propagation, Share};
+use a3s_box_volume::{Access, Propagation, Share};
 use oci_spec::runtime::{Mount, Spec};
 use std::{
     collections::HashSet,
@@ -37,7 +37,7 @@ impl PodShare {
             let name = format!("images/{file}");
             if !images.contains(&name) {
                 self.share
-                    .add(&name, blob, true, Propagation::Private)
+                    .add(&name, blob, Access::ReadOnly, Propagation::Private)
                     .map_err(|err| failed("share the layer", blob, &err))?;
                 images.insert(name.clone());
             }
@@ -61,7 +61,13 @@ impl PodShare {
                 Status::invalid_argument(format!("mount {} to {to}: {err}", source.display()))
             })?;
             let name = format!("volumes/{container}/{number}");
-            let read_only = has_option(mount, "ro");
+            let access = if has_option(mount, "rro") {
+                Access::ReadOnlyRecursive
+            } else if has_option(mount, "ro") {
+                Access::ReadOnly
+            } else {
+                Access::ReadWrite
+            };
             let followed = ["rslave", "slave", "rshared", "shared"];
             let propagation = if followed.iter().any(|option| has_option(mount, option)) {
                 Propagation::HostToContainer
@@ -69,8 +75,18 @@ impl PodShare {
                 Propagation::Private
             };
             self.share
-                .add(&name, &resolved, read_only, propagation)
+                .add(&name, &resolved, access, propagation)
                 .map_err(|err| failed("share the mount", &source, &err))?;
+            // The guest has one mount for all of them, so here it is the host's mounts that are
+            // read-only or not.
+            let below = propagation == Propagation::HostToContainer
+                || self
+                    .share
+                    .has_mounts_below(&name)
+                    .map_err(|err| failed("look below", &source, &err))?;
+            if access == Access::ReadOnly && below {
+                allow_writes(mount);
+            }
             mount.set_source(Some(PathBuf::from(format!("{IN_GUEST}/{name}"))));
         }
         Ok(())
@@ -87,6 +103,12 @@ fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind")
         || has_option(mount, "bind")
         || has_option(mount, "rbind")
+}
+
+fn allow_writes(mount: &mut Mount) {
+    for option in mount.options_mut().iter_mut().flatten().filter(|option| *option == "ro") {
+        *option = "rw".to_owned();
+    }
 }
 
 fn has_option(mount: &Mount, wanted: &str) -> bool {

@@ -23,4 +23,4 @@ mod wire;
 #[cfg(feature = "guest")]
 pub use guest::{mount, pump};
 #[cfg(feature = "host")]
-pub use host::{Error, Propagation, Result, Share, handshake, serve};
+pub use host::{Access, Error, Propagation, Result, Share, handshake, serve};

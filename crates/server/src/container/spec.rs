@@ -62,8 +62,11 @@ pub struct MountSpec {
     pub container_path: String,
     /// Absolute, on the host; made as a folder when missing.
     pub host_path: String,
-    /// No writes.
+    /// No writes, but to what is mounted below on the host.
     pub readonly: bool,
+    /// No writes to what is mounted below either.
+    #[serde(default)]
+    pub recursive_readonly: bool,
     /// kubelet's wish to relabel: holds where there is no SELinux.
     pub selinux_relabel: bool,
     /// Which later mounts are seen.

@@ -15,7 +15,7 @@ mod worker;
 
 pub use init::handshake;
 pub use serve::serve;
-pub use share::{Propagation, Share};
+pub use share::{Access, Propagation, Share};
 
 use std::io;
 use std::path::PathBuf;

@@ -36,7 +36,7 @@ pub struct Node {
     pub fd: OwnedFd,
     pub kind: FileType,
     pub zone: Zone,
-    /// The volume, and every mount on the way to this file, may be written to.
+    /// The mount it is in may be written to.
     pub writable: bool,
     mount: u64,
 }
@@ -142,9 +142,7 @@ impl Nodes {
         let writable = if mount == parent.mount {
             parent.writable
         } else {
-            // What comes up below a read-only volume later is not read-only by itself.
-            let above = parent.mount == self.root_mount || parent.writable;
-            above && zone == Zone::Volume && !is_read_only(&fd)?
+            zone == Zone::Volume && !is_read_only(&fd)?
         };
         let key = key(&stat);
         let mut table = self.table();

@@ -32,6 +32,17 @@ pub enum Propagation {
     HostToContainer,
 }
 
+/// What the guest may change in a volume (CRI: readonly, recursive_read_only).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everything.
+    ReadWrite,
+    /// Nothing in the volume itself. What is mounted below it stays as it is on the host.
+    ReadOnly,
+    /// Nothing, in what is mounted below it as little.
+    ReadOnlyRecursive,
+}
+
 impl Share {
     /// Mounts an empty share at `dir`. The caller must be in a mount namespace of its own that
     /// gets the host's mounts and gives none back (unshare, then `/` recursively slave).
@@ -74,13 +85,12 @@ impl Share {
     }
 
     /// Shows the file or folder `source`, with everything mounted below it, as `name`
-    /// (`images/NAME`, `volumes/CONTAINER/N`). `read_only` holds for all of it, whatever is
-    /// mounted below it later. Adding a name a second time is an error.
+    /// (`images/NAME`, `volumes/CONTAINER/N`). Adding a name a second time is an error.
     pub fn add(
         &self,
         name: &str,
         source: &Path,
-        read_only: bool,
+        access: Access,
         propagation: Propagation,
     ) -> Result<()> {
         let target = self.path(name)?;
@@ -99,8 +109,16 @@ impl Share {
             .stx_mode
             & 0o170_000
             == 0o040_000;
+        let read_only = Change {
+            set: flag::RDONLY,
+            recursive: access == Access::ReadOnlyRecursive,
+            ..Change::default()
+        };
+        if access != Access::ReadWrite {
+            mount_attr::change(tree.as_fd(), read_only)
+                .map_err(failed("make read-only", source))?;
+        }
         let change = Change {
-            set: if read_only { flag::RDONLY } else { 0 },
             // Also when the caller's mounts are peers of the host's: nothing may go back.
             propagation: match propagation {
                 Propagation::Private => propagation::PRIVATE,
@@ -125,6 +143,20 @@ impl Share {
             }
             failed("bind in", &target)(error)
         })
+    }
+
+    /// Whether the host has something mounted below what was added as `name`.
+    pub fn has_mounts_below(&self, name: &str) -> Result<bool> {
+        let path = self.path(name)?;
+        let mount = rustix::fs::statx(CWD, &path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::MNT_ID)
+            .map_err(io::Error::from)
+            .map_err(failed("look at", &path))?
+            .stx_mnt_id
+            .to_string();
+        let mounts = Path::new("/proc/thread-self/mountinfo");
+        let table = fs::read_to_string(mounts).map_err(failed("read", mounts))?;
+        // The second field is the number of the mount that a mount stands on.
+        Ok(table.lines().any(|line| line.split(' ').nth(1) == Some(&mount)))
     }
 
     /// Takes away what was added as `prefix` or below it. What the guest still holds open ends

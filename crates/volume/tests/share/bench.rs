@@ -1,7 +1,7 @@
 //! Numbers, for a person: what the share costs over a socket pair.
 
 use crate::fixture::{isolate, volume};
-use a3s_box_volume::Propagation;
+use a3s_box_volume::{Access, Propagation};
 use anyhow::Result;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -34,7 +34,12 @@ pub fn run() -> Result<()> {
         rate(name, start);
     }
     fs::copy(host.join("f"), pod.host.join("image"))?;
-    pod.share.add("images/i", &pod.host.join("image"), true, Propagation::HostToContainer)?;
+    pod.share.add(
+        "images/i",
+        &pod.host.join("image"),
+        Access::ReadOnly,
+        Propagation::HostToContainer,
+    )?;
     let mut file = File::open(pod.guest.join("images/i"))?;
     let start = Instant::now();
     while file.read(&mut buffer)? > 0 {}

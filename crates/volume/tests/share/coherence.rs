@@ -3,7 +3,7 @@
 use crate::files::mount_tmpfs;
 use crate::fixture::{Pod, process, refusal, volume};
 use crate::tests;
-use a3s_box_volume::Propagation;
+use a3s_box_volume::{Access, Propagation};
 use anyhow::{Context, Result, ensure};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
@@ -68,11 +68,13 @@ fn volumes_come_and_go_while_the_guest_runs() -> Result<()> {
     let absent = pod.guest.join("volumes/c/0/f");
     ensure!(refusal(fs::metadata(&absent)) == Some(Errno::NOENT));
     for round in 0..3 {
-        let (host, guest) = pod.volume("0", false)?;
+        let (host, guest) = pod.volume("0", Access::ReadWrite)?;
         fs::write(guest.join("f"), format!("{round}"))?;
         ensure!(fs::read_to_string(host.join("f"))? == format!("{round}"));
         ensure!(
-            pod.share.add("volumes/c/0", &host, false, Propagation::HostToContainer).is_err(),
+            pod.share
+                .add("volumes/c/0", &host, Access::ReadWrite, Propagation::HostToContainer)
+                .is_err(),
             "one name, one volume"
         );
         pod.share.remove("volumes/c")?;
@@ -88,7 +90,7 @@ fn a_file_can_be_a_volume() -> Result<()> {
     let pod = Pod::start()?;
     let file = pod.host.join("resolv.conf");
     fs::write(&file, "one")?;
-    pod.share.add("volumes/c/0", &file, false, Propagation::HostToContainer)?;
+    pod.share.add("volumes/c/0", &file, Access::ReadWrite, Propagation::HostToContainer)?;
     let inside = pod.guest.join("volumes/c/0");
     ensure!(fs::read(&inside)? == b"one");
     fs::write(&inside, "from the guest")?;
@@ -105,7 +107,7 @@ fn mounts_of_the_host_appear_below_a_volume() -> Result<()> {
     mount_tmpfs(&outer)?;
     rustix::mount::mount_change(&outer, rustix::mount::MountPropagationFlags::SHARED)?;
     fs::create_dir(outer.join("d"))?;
-    pod.share.add("volumes/c/0", &outer, false, Propagation::HostToContainer)?;
+    pod.share.add("volumes/c/0", &outer, Access::ReadWrite, Propagation::HostToContainer)?;
     let inside = pod.guest.join("volumes/c/0/d");
     ensure!(fs::read_dir(&inside)?.next().is_none());
     mount_tmpfs(&outer.join("d"))?;
@@ -127,7 +129,7 @@ fn nothing_the_guest_sees_reaches_back_to_the_host() -> Result<()> {
     fs::create_dir(outer.join("d"))?;
     mount_tmpfs(&outer.join("d"))?;
     fs::write(outer.join("d/f"), "")?;
-    pod.share.add("volumes/c/0", &outer, true, Propagation::HostToContainer)?;
+    pod.share.add("volumes/c/0", &outer, Access::ReadOnly, Propagation::HostToContainer)?;
     pod.share.remove("volumes/c")?;
     ensure!(outer.join("d/f").exists(), "still mounted on the host");
     fs::write(outer.join("d/f"), "and writable")?;
@@ -140,7 +142,12 @@ fn a_clone_goes_on_where_its_template_was_answered() -> Result<()> {
     fs::create_dir(&guest)?;
     let share = a3s_box_volume::Share::create(&root)?;
     fs::create_dir(dir.path().join("v"))?;
-    share.add("volumes/c/0", &dir.path().join("v"), false, Propagation::HostToContainer)?;
+    share.add(
+        "volumes/c/0",
+        &dir.path().join("v"),
+        Access::ReadWrite,
+        Propagation::HostToContainer,
+    )?;
     let (ours, theirs) = UnixStream::pair()?;
     let target = guest.to_str().context("path")?;
     let mut pump = process(&["pump", target], theirs.into(), Stdio::piped())?;
@@ -192,12 +199,16 @@ fn a_request_under_way_fails_when_the_host_hangs_up() -> Result<()> {
 fn names_outside_the_share_are_refused() -> Result<()> {
     let pod = Pod::start()?;
     for bad in ["", "/", "/etc", "..", "images/../x", "./x", "a//b", "a/", "volumes/."] {
-        let added = pod.share.add(bad, &pod.host, true, Propagation::HostToContainer);
+        let added = pod.share.add(bad, &pod.host, Access::ReadOnly, Propagation::HostToContainer);
         ensure!(matches!(added, Err(a3s_box_volume::Error::Name(_))), "{bad:?}: {added:?}");
         ensure!(pod.share.remove(bad).is_err(), "{bad:?}");
     }
-    let absent =
-        pod.share.add("images/x", &pod.host.join("absent"), true, Propagation::HostToContainer);
+    let absent = pod.share.add(
+        "images/x",
+        &pod.host.join("absent"),
+        Access::ReadOnly,
+        Propagation::HostToContainer,
+    );
     ensure!(absent.is_err());
     ensure!(!pod.guest.join("images/x").exists());
     Ok(())

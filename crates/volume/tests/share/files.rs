@@ -2,7 +2,7 @@
 
 use crate::fixture::{Pod, refusal, shell, volume};
 use crate::tests;
-use a3s_box_volume::Propagation;
+use a3s_box_volume::{Access, Propagation};
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -36,6 +36,7 @@ tests![
     a_write_by_another_user_ends_setuid,
     files_of_different_devices_differ_in_number,
     a_read_only_volume_refuses_every_change,
+    what_is_mounted_below_a_read_only_volume_is_read_only_when_asked,
     an_image_is_mounted_from_the_share,
     free_space_is_that_of_the_volume,
 ];
@@ -446,7 +447,7 @@ fn files_of_different_devices_differ_in_number() -> Result<()> {
         let host = pod.host.join(name);
         fs::create_dir(&host)?;
         mount_tmpfs(&host)?;
-        let (_, guest) = pod.volume(name, false)?;
+        let (_, guest) = pod.volume(name, Access::ReadWrite)?;
         fs::write(guest.join("f"), "")?;
         ensure!(numbers.insert(fs::metadata(guest.join("f"))?.ino()));
         let listed = fs::read_dir(&guest)?.next().context("empty")??;
@@ -465,17 +466,13 @@ pub fn mount_tmpfs(target: &std::path::Path) -> Result<()> {
 
 fn a_read_only_volume_refuses_every_change() -> Result<()> {
     let pod = Pod::start()?;
-    // The test's own namespace is the host here: what the share is a slave of.
-    fs::create_dir(pod.host.join("0"))?;
-    mount_tmpfs(&pod.host.join("0"))?;
-    let shared = rustix::mount::MountPropagationFlags::SHARED;
-    rustix::mount::mount_change(pod.host.join("0"), shared)?;
-    let (host, guest) = pod.volume("0", true)?;
-    fs::write(host.join("f"), "fixed")?;
-    fs::create_dir(host.join("d"))?;
-    // Also what is mounted below it later.
+    let host = pod.host.join("0");
+    fs::create_dir_all(host.join("d"))?;
     mount_tmpfs(&host.join("d"))?;
+    fs::write(host.join("f"), "fixed")?;
     fs::write(host.join("d/f"), "fixed")?;
+    pod.share.add("volumes/c/0", &host, Access::ReadOnlyRecursive, Propagation::Private)?;
+    let guest = pod.guest.join("volumes/c/0");
     for guest in [guest.clone(), guest.join("d")] {
         ensure!(fs::read(guest.join("f"))? == b"fixed");
         let refused = [
@@ -506,6 +503,33 @@ fn a_read_only_volume_refuses_every_change() -> Result<()> {
     Ok(())
 }
 
+fn what_is_mounted_below_a_read_only_volume_is_read_only_when_asked() -> Result<()> {
+    let pod = Pod::start()?;
+    // The test's own namespace is the host here: what the share is a slave of.
+    let host = pod.host.join("0");
+    fs::create_dir(&host)?;
+    mount_tmpfs(&host)?;
+    rustix::mount::mount_change(&host, rustix::mount::MountPropagationFlags::SHARED)?;
+    fs::create_dir(host.join("before"))?;
+    fs::create_dir(host.join("later"))?;
+    pod.share.add("volumes/c/alone", &host, Access::ReadOnly, Propagation::Private)?;
+    ensure!(!pod.share.has_mounts_below("volumes/c/alone")?);
+    mount_tmpfs(&host.join("before"))?;
+    pod.share.add("volumes/c/plain", &host, Access::ReadOnly, Propagation::HostToContainer)?;
+    pod.share.add("volumes/c/all", &host, Access::ReadOnlyRecursive, Propagation::Private)?;
+    mount_tmpfs(&host.join("later"))?;
+    ensure!(pod.share.has_mounts_below("volumes/c/plain")?);
+    let refused = |path: &str| refusal(fs::write(pod.guest.join("volumes/c").join(path), ""));
+    for path in ["alone/f", "alone/before/f", "plain/f", "all/f", "all/before/f", "all/later/f"] {
+        ensure!(refused(path) == Some(Errno::ROFS), "{path}: {:?}", refused(path));
+    }
+    for path in ["plain/before/f", "plain/later/f"] {
+        ensure!(refused(path).is_none(), "{path}: {:?}", refused(path));
+    }
+    ensure!(host.join("later/f").exists());
+    Ok(())
+}
+
 fn an_image_is_mounted_from_the_share() -> Result<()> {
     let pod = Pod::start()?;
     let tree = pod.dir.path().join("tree");
@@ -518,7 +542,7 @@ fn an_image_is_mounted_from_the_share() -> Result<()> {
         .args([&blob, &tree])
         .status()?;
     ensure!(made.success());
-    pod.share.add("images/layer", &blob, true, Propagation::HostToContainer)?;
+    pod.share.add("images/layer", &blob, Access::ReadOnly, Propagation::HostToContainer)?;
     let image = pod.guest.join("images/layer");
     ensure!(fs::read(&image)? == fs::read(&blob)?);
     ensure!(refusal(OpenOptions::new().write(true).open(&image)) == Some(Errno::ROFS));
@@ -537,7 +561,7 @@ fn free_space_is_that_of_the_volume() -> Result<()> {
     let host = pod.host.join("0");
     fs::create_dir(&host)?;
     mount_tmpfs(&host)?;
-    let (_, guest) = pod.volume("0", false)?;
+    let (_, guest) = pod.volume("0", Access::ReadWrite)?;
     let stat = rustix::fs::statvfs(&guest)?;
     ensure!(stat.f_blocks * stat.f_frsize == 8 << 20);
     let full = fs::write(guest.join("f"), vec![1; 9 << 20]);

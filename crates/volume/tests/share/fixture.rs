@@ -1,6 +1,6 @@
 //! A share with a guest: what most tests begin with.
 
-use a3s_box_volume::{Propagation, Share};
+use a3s_box_volume::{Access, Propagation, Share};
 use anyhow::{Context, Result, ensure};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -108,11 +108,11 @@ impl Pod {
     }
 
     /// A folder of the host as volume `c/NAME`: its path on the host and in the guest.
-    pub fn volume(&self, name: &str, read_only: bool) -> Result<(PathBuf, PathBuf)> {
+    pub fn volume(&self, name: &str, access: Access) -> Result<(PathBuf, PathBuf)> {
         let host = self.host.join(name);
         fs::create_dir_all(&host)?;
         let name = format!("volumes/c/{name}");
-        self.share.add(&name, &host, read_only, Propagation::HostToContainer)?;
+        self.share.add(&name, &host, access, Propagation::HostToContainer)?;
         Ok((host, self.guest.join(name)))
     }
 }
@@ -132,7 +132,7 @@ impl Drop for Pod {
 /// A pod with one writable volume: the volume on the host and in the guest.
 pub fn volume() -> Result<(Pod, PathBuf, PathBuf)> {
     let pod = Pod::start()?;
-    let (host, guest) = pod.volume("0", false)?;
+    let (host, guest) = pod.volume("0", Access::ReadWrite)?;
     Ok((pod, host, guest))
 }
 

@@ -1,7 +1,7 @@
 //! A guest without a kernel: sends whatever bytes it likes.
 
 use crate::fixture::{Process, process};
-use a3s_box_volume::{Propagation, Share};
+use a3s_box_volume::{Access, Propagation, Share};
 use anyhow::{Context, Result, ensure};
 use rustix::mount::UnmountFlags;
 use std::fs;
@@ -48,7 +48,7 @@ impl Raw {
         let [root, host] = ["share", "host"].map(|name| dir.path().join(name));
         fs::create_dir(&host)?;
         let share = Share::create(&root)?;
-        share.add("volumes/c/0", &host, false, Propagation::HostToContainer)?;
+        share.add("volumes/c/0", &host, Access::ReadWrite, Propagation::HostToContainer)?;
         let (ours, theirs) = UnixStream::pair()?;
         let root = root.to_str().context("path")?;
         // What it says about a guest that breaks the protocol is not the test's output.
