@@ -20,7 +20,7 @@ use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
         Message,
-        protocol::{Role, WebSocketConfig},
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
 use tokio_util::sync::CancellationToken;
@@ -189,7 +189,8 @@ impl Client {
             self.errors.write(&text).await.ok();
         }
         let mut sink = self.sink.lock().await;
-        sink.send(Message::Close(None)).await.ok();
+        let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        sink.send(Message::Close(Some(normal))).await.ok();
         sink.close().await.ok();
     }
 }

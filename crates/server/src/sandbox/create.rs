@@ -71,11 +71,13 @@ async fn network_and_boundary(
             let network = network?;
             failpoint::hit("sandbox-network-attached");
             start.await?;
+            failpoint::hit("sandbox-shim-started");
             Ok(network)
         }
         begun = &mut start => {
             failpoint::hit("sandbox-shim-started");
             let network = attach.await;
+            failpoint::hit("sandbox-network-attached");
             begun?;
             network
         }
