@@ -33,6 +33,17 @@ pub struct Limits {
     pub memory_max: u64,
 }
 
+/// What a cgroup uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// CPU time so far, nanoseconds.
+    pub cpu_ns: u64,
+    /// Bytes, page cache included.
+    pub memory_bytes: u64,
+    /// Processes that live.
+    pub processes: u64,
+}
+
 /// Where the host has its hierarchies mounted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hierarchies {
@@ -130,13 +141,69 @@ impl Cgroup {
         Ok((doors, unset))
     }
 
-    /// Its processes.
+    /// Its folder in the cgroup v2 hierarchy; `None` where there is no such hierarchy.
+    pub fn v2(&self) -> Option<PathBuf> {
+        self.hierarchies.v2.as_ref().map(|point| self.at(point))
+    }
+
+    /// Controller and folder of each v1 hierarchy that its processes are in.
+    pub fn v1(&self) -> Vec<(String, PathBuf)> {
+        let entered = self.hierarchies.v1.iter().filter(|(controller, _)| controller != "cpuset");
+        entered.map(|(controller, point)| (controller.clone(), self.at(point))).collect()
+    }
+
+    /// Moves the calling process to a cgroup below it, in the v2 hierarchy only: there, a cgroup with
+    /// processes of its own cannot hand controllers to those below it.
+    ///
+    /// # Errors
+    /// The folder cannot be made, or entered.
+    pub fn enter_below(&self, name: &str) -> io::Result<()> {
+        let Some(folder) = self.v2().map(|folder| folder.join(name)) else {
+            return Ok(());
+        };
+        fs::create_dir_all(&folder)?;
+        let mut door = OpenOptions::new().write(true).open(folder.join("cgroup.procs"))?;
+        io::Write::write_all(&mut door, b"0")
+    }
+
+    /// What its processes, and those that have ended, use.
+    ///
+    /// # Errors
+    /// As [`Cgroup::processes`].
+    pub fn usage(&self) -> io::Result<Usage> {
+        let number = |folder: PathBuf, file: &str| {
+            fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok()
+        };
+        let v1 = |controller: &str| self.hierarchies.v1(controller).map(|point| self.at(point));
+        let cpu_ns = match (v1("cpuacct"), self.v2()) {
+            (Some(folder), _) => number(folder, "cpuacct.usage"),
+            (None, Some(folder)) => fs::read_to_string(folder.join("cpu.stat"))
+                .ok()
+                .and_then(|text| {
+                    text.lines().find_map(|l| l.strip_prefix("usage_usec ")?.parse().ok())
+                })
+                .map(|microseconds: u64| microseconds * 1000),
+            (None, None) => None,
+        };
+        let memory_bytes = match (v1("memory"), self.v2()) {
+            (Some(folder), _) => number(folder, "memory.usage_in_bytes"),
+            (None, Some(folder)) => number(folder, "memory.current"),
+            (None, None) => None,
+        };
+        Ok(Usage {
+            cpu_ns: cpu_ns.unwrap_or_default(),
+            memory_bytes: memory_bytes.unwrap_or_default(),
+            processes: self.processes()?.len() as u64,
+        })
+    }
+
+    /// Its processes and those of all cgroups below it.
     ///
     /// # Errors
     /// A list cannot be read.
     pub fn processes(&self) -> io::Result<BTreeSet<u32>> {
         let mut found = BTreeSet::new();
-        for folder in self.folders(true) {
+        for folder in self.tree()? {
             match fs::read_to_string(folder.join("cgroup.procs")) {
                 Ok(list) => found.extend(list.lines().filter_map(|pid| pid.parse::<u32>().ok())),
                 Err(error) if gone(&error) => {}
@@ -147,11 +214,19 @@ impl Cgroup {
         Ok(found)
     }
 
-    /// Sends SIGKILL to each of its processes, held by pidfd while its membership is looked at again.
+    /// Sends SIGKILL to each of its processes: at once where the kernel can (cgroup v2 since 5.14), and
+    /// one by one, held by pidfd while its membership is looked at again, in v1 hierarchies.
     ///
     /// # Errors
     /// As [`Cgroup::processes`].
     pub fn kill(&self) -> io::Result<()> {
+        if let Some(folder) = self.v2() {
+            let file = OpenOptions::new().write(true).open(folder.join("cgroup.kill"));
+            match file.and_then(|mut file| io::Write::write_all(&mut file, b"1")) {
+                Err(error) if !gone(&error) => return Err(error),
+                _ => {}
+            }
+        }
         let mut held = Vec::new();
         for pid in self.processes()? {
             let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
@@ -171,13 +246,13 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Removes it. OK when it is gone already.
+    /// Removes it and all below it. OK when it is gone already.
     ///
     /// # Errors
     /// ResourceBusy while a process is in it.
     pub fn remove(&self) -> io::Result<()> {
-        for folder in self.folders(true) {
-            match fs::remove_dir(&folder) {
+        for folder in self.tree()?.iter().rev() {
+            match fs::remove_dir(folder) {
                 Ok(()) => {}
                 Err(error) if gone(&error) => {}
                 Err(error) => return Err(error),
@@ -194,7 +269,31 @@ impl Cgroup {
                 points.insert(point);
             }
         }
-        points.into_iter().map(|point| point.join(&self.parent).join(&self.name)).collect()
+        points.into_iter().map(|point| self.at(point)).collect()
+    }
+
+    fn at(&self, point: &Path) -> PathBuf {
+        point.join(&self.parent).join(&self.name)
+    }
+
+    /// Its folders and all below them, each after the one it lies in.
+    fn tree(&self) -> io::Result<Vec<PathBuf>> {
+        let mut all = self.folders(true);
+        let mut at = 0;
+        while let Some(folder) = all.get(at) {
+            at += 1;
+            let entries = match fs::read_dir(folder) {
+                Err(error) if gone(&error) => continue,
+                entries => entries?,
+            };
+            for entry in entries {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    all.push(entry.path());
+                }
+            }
+        }
+        Ok(all)
     }
 
     fn limit_v2(&self, limits: &Limits, unset: &mut Vec<String>) {
@@ -205,7 +304,7 @@ impl Cgroup {
         let mut folder = point.clone();
         for part in [None].into_iter().chain(self.parent.components().map(Some)) {
             folder.extend(part);
-            for controller in ["+cpu", "+memory", "+cpuset"] {
+            for controller in ["+cpu", "+memory", "+cpuset", "+pids"] {
                 // Fails where a parent holds processes; the limit itself then says so.
                 drop(fs::write(folder.join("cgroup.subtree_control"), controller));
             }
@@ -373,7 +472,11 @@ mod tests {
         spawn.cgroups = doors;
         let mut child = spawn.start().unwrap();
         assert_eq!(cgroup.processes().unwrap(), [child.id()].into());
+        assert_eq!(cgroup.usage().unwrap().processes, 1);
         assert_eq!(cgroup.remove().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        for folder in cgroup.folders(false) {
+            fs::create_dir_all(folder.join("below/it")).unwrap();
+        }
         cgroup.kill().unwrap();
         child.wait().unwrap();
         cgroup.remove().unwrap();

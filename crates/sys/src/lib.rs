@@ -10,6 +10,7 @@ pub mod entropy;
 pub mod exec;
 pub mod fsid;
 pub mod inherit;
+pub mod loop_device;
 pub mod memfd;
 pub mod mount_attr;
 pub mod namespace;
