@@ -2,21 +2,31 @@
 //!
 //! Limits stand on the container's cgroup; init lives in it, each exec in a child of it without
 //! controllers, so that the exec's whole process tree can be killed by one write.
+//!
+//! Who belongs to a container is always told by cgroup v2. On a node whose controllers are in v1
+//! hierarchies, the container has a folder in each of these as well, for its limits and its use;
+//! all its processes enter them before they exec.
 
 use crate::{
+    config::Config,
     error::{Error, Step},
-    limits::Limits,
+    limits::{Limit, Limits},
 };
 use a3s_box_sys::device_filter::{self, Rule};
 use rustix::fd::{AsFd, OwnedFd};
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
 };
 
 /// One cgroup.
 #[derive(Debug, Clone)]
-pub struct Cgroup(PathBuf);
+pub struct Cgroup {
+    folder: PathBuf,
+    /// By controller; several may share a folder.
+    v1: BTreeMap<String, PathBuf>,
+}
 
 /// Lets children of `root` have every controller that is there.
 pub fn delegate(root: &Path) -> Result<(), Error> {
@@ -33,55 +43,70 @@ pub fn delegate(root: &Path) -> Result<(), Error> {
 }
 
 impl Cgroup {
-    /// The cgroup `name` below `root`, whether it is there or not.
-    pub fn new(root: &Path, name: &str) -> Self {
-        Self(root.join(name))
+    /// The container's cgroup of that name, whether it is there or not.
+    pub fn new(config: &Config, name: &str) -> Self {
+        let below =
+            |(controller, folder): (&String, &PathBuf)| (controller.clone(), folder.join(name));
+        Self {
+            folder: config.cgroups.join(name),
+            v1: config.cgroups_v1.iter().map(below).collect(),
+        }
     }
 
     /// Makes it; an error when it exists.
     pub fn create(&self) -> Result<(), Error> {
-        fs::create_dir(&self.0).step(format_args!("cgroup {}", self.0.display()))
+        for folder in self.folders() {
+            fs::create_dir(folder).step(format_args!("cgroup {}", folder.display()))?;
+        }
+        Ok(())
     }
 
     /// Puts limits and device rules in force.
     pub fn limit(&self, limits: &Limits, rules: &[Rule]) -> Result<(), Error> {
-        for (file, value) in &limits.0 {
-            match write(&self.0.join(file), value) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    // No swap at all and no pages of that size are just what zero asks for.
-                    let met =
-                        value == "0" && (file == "memory.swap.max" || file.starts_with("hugetlb."));
-                    if !met {
-                        return Err(Error::Unsupported(format!(
-                            "the limit {file}, for which this kernel has no file,"
-                        )));
-                    }
-                }
-                result => result.step(format_args!("limit {file} = {value}"))?,
+        for limit in &limits.0 {
+            match self.v1(limit.controller()) {
+                Some(folder) => limit_v1(folder, limit)?,
+                None => put(&self.folder, &limit.file, &limit.value, limit)?,
             }
         }
         let folder = self.open()?;
         device_filter::attach(folder.as_fd(), rules).step("device rules")
     }
 
+    /// Its folder in the v1 hierarchy of that controller; `None` where the controller is v2's.
+    pub fn v1(&self, controller: &str) -> Option<&Path> {
+        self.v1.get(controller).map(PathBuf::as_path)
+    }
+
+    /// Files of v1 hierarchies that a process writes `0` to, to enter.
+    pub fn doors(&self) -> Vec<PathBuf> {
+        let v1: BTreeSet<_> = self.v1.values().collect();
+        v1.into_iter().map(|folder| folder.join("cgroup.procs")).collect()
+    }
+
+    fn folders(&self) -> BTreeSet<&Path> {
+        self.v1.values().chain([&self.folder]).map(PathBuf::as_path).collect()
+    }
+
     /// A descriptor of its folder, to start a process in it.
     pub fn open(&self) -> Result<OwnedFd, Error> {
-        fs::File::open(&self.0).map(OwnedFd::from).step(format_args!("cgroup {}", self.0.display()))
+        let folder = fs::File::open(&self.folder).map(OwnedFd::from);
+        folder.step(format_args!("cgroup {}", self.folder.display()))
     }
 
-    /// A file of it.
+    /// A cgroup v2 file of it.
     pub fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.folder.join(name)
     }
 
-    /// A cgroup below it.
+    /// A cgroup below it, without limits and so without folders in v1 hierarchies.
     pub fn child(&self, name: &str) -> Self {
-        Self(self.0.join(name))
+        Self { folder: self.folder.join(name), v1: BTreeMap::new() }
     }
 
     /// Kills every process in it and below. OK when it is gone.
     pub fn kill(&self) -> Result<(), Error> {
-        match write(&self.0.join("cgroup.kill"), "1") {
+        match write(&self.file("cgroup.kill"), "1") {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result.step("kill the cgroup"),
         }
@@ -89,13 +114,17 @@ impl Cgroup {
 
     /// Whether a process is left in it or below.
     pub fn populated(&self) -> bool {
-        fs::read_to_string(self.0.join("cgroup.events"))
+        fs::read_to_string(self.file("cgroup.events"))
             .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
     }
 
     /// How many processes were killed for want of memory.
     pub fn oom_kills(&self) -> u64 {
-        fs::read_to_string(self.0.join("memory.events"))
+        let file = match self.v1("memory") {
+            Some(folder) => folder.join("memory.oom_control"),
+            None => self.file("memory.events"),
+        };
+        fs::read_to_string(file)
             .ok()
             .and_then(|events| {
                 events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
@@ -106,7 +135,7 @@ impl Cgroup {
     /// The pids of all processes in it and below.
     pub fn processes(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
-        let mut folders = vec![self.0.clone()];
+        let mut folders = vec![self.folder.clone()];
         while let Some(folder) = folders.pop() {
             let list = match fs::read_to_string(folder.join("cgroup.procs")) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -134,7 +163,34 @@ impl Cgroup {
             }
             fs::remove_dir(folder)
         }
-        remove(&self.0).step(format_args!("remove the cgroup {}", self.0.display()))
+        for folder in self.folders() {
+            remove(folder).step(format_args!("remove the cgroup {}", folder.display()))?;
+        }
+        Ok(())
+    }
+}
+
+fn limit_v1(folder: &Path, limit: &Limit) -> Result<(), Error> {
+    if limit.v1.is_empty() {
+        let file = &limit.file;
+        return Err(Error::Unsupported(format!("{file} on a node with cgroup v1")));
+    }
+    limit.v1.iter().try_for_each(|(file, value)| put(folder, file, value, limit))
+}
+
+fn put(folder: &Path, file: &str, value: &str, limit: &Limit) -> Result<(), Error> {
+    match write(&folder.join(file), value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // No swap at all and no pages of that size are just what zero asks for.
+            let zero = limit.value == "0";
+            let met =
+                zero && (limit.file == "memory.swap.max" || limit.file.starts_with("hugetlb."));
+            if met {
+                return Ok(());
+            }
+            Err(Error::Unsupported(format!("the limit {file}, for which this kernel has no file,")))
+        }
+        result => result.step(format_args!("limit {file} = {value}")),
     }
 }
 

@@ -16,7 +16,13 @@ use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     net::RecvFlags,
 };
-use std::{fmt::Display, fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{
+    fmt::Display,
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 /// The byte that lets a child exec.
 pub const GO: u8 = b'g';
@@ -105,6 +111,7 @@ fn read(memfd: OwnedFd) -> io::Result<Vec<u8>> {
 /// Builds the container around this process.
 fn container(plan: &ContainerPlan) -> Result<User, Failure> {
     oom_score(plan.process.oom_score_adj)?;
+    enter_cgroups(&plan.cgroup_doors)?;
     // Only now is the new cgroup this process's, and so the root of the namespace.
     step(clone3::unshare(namespace::CGROUP), "cgroup namespace")?;
     if let Some(name) = &plan.hostname {
@@ -138,8 +145,17 @@ fn container(plan: &ContainerPlan) -> Result<User, Failure> {
 
 fn join(target: BorrowedFd<'_>, plan: &ExecPlan) -> Result<(), Failure> {
     oom_score(plan.process.oom_score_adj)?;
+    enter_cgroups(&plan.cgroup_doors)?;
     step(clone3::join(target, plan.namespaces), "join the container's namespaces")?;
     step(rustix::process::chdir("/"), "chdir /")
+}
+
+/// Enters those cgroups that a process cannot be born in.
+fn enter_cgroups(doors: &[PathBuf]) -> Result<(), Failure> {
+    for door in doors {
+        step(std::fs::write(door, "0"), format_args!("enter {}", door.display()))?;
+    }
+    Ok(())
 }
 
 /// Where the machine itself may not lower the score (a runtime in a container), it stays.

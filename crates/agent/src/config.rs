@@ -1,14 +1,15 @@
 //! Where the agent finds and puts things. One struct, so that the same program runs as PID 1 of a
 //! guest and as an ordinary process.
 
-use std::path::PathBuf;
+use a3s_box_sys::clone3::namespace;
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// Whose kernel this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Boundary {
     /// The sandbox's own: clock, hostname, interfaces and sysctls are the agent's to set.
     Guest,
-    /// The node's: none of these may be touched.
+    /// The node's: only what is in namespaces of the sandbox's own may be touched.
     Host,
 }
 
@@ -23,6 +24,10 @@ pub struct Config {
     pub runtime: PathBuf,
     /// Folder of a cgroup v2 in which containers get cgroups of their own.
     pub cgroups: PathBuf,
+    /// The same for controllers in cgroup v1 hierarchies: controller and folder.
+    pub cgroups_v1: BTreeMap<String, PathBuf>,
+    /// Namespaces that are the pod's and not the node's (`clone3::namespace` bits).
+    pub namespaces: u64,
     /// Whose kernel this is.
     pub boundary: Boundary,
 }
@@ -35,8 +40,15 @@ impl Config {
             scratch: "/scratch".into(),
             runtime: "/run/a3s-box".into(),
             cgroups: "/sys/fs/cgroup".into(),
+            cgroups_v1: BTreeMap::new(),
+            namespaces: namespace::NET | namespace::IPC | namespace::UTS,
             boundary: Boundary::Guest,
         }
+    }
+
+    /// Whether the pod has this namespace for itself (a `clone3::namespace` bit).
+    pub fn owns(&self, namespace: u64) -> bool {
+        self.namespaces & namespace != 0
     }
 
     /// Mount points of image layers.

@@ -11,6 +11,7 @@
 use crate::{
     agent::{Agent, blocking},
     cgroup::Cgroup,
+    config::Boundary,
     error::{Error, Step},
     launcher::Descriptors,
     plan::{ContainerPlan, Plan, Process, User, WantedUser},
@@ -112,21 +113,26 @@ async fn make(
         .get()
         .ok_or_else(|| Error::NotNow("the sandbox is not configured".to_owned()))?;
     let pid_namespace = match request.pid_mode() {
-        api::PidMode::Container => None,
+        api::PidMode::Container => PidNamespace::New,
+        api::PidMode::Node if agent.config.boundary == Boundary::Host => PidNamespace::Node,
+        api::PidMode::Node => {
+            return Err(Error::Unsupported("the node's PID namespace in a guest".to_owned()));
+        }
         api::PidMode::Pod => {
             let pause = sandbox.as_ref();
             let missing = || Error::NotNow("the sandbox has no shared PID namespace".to_owned());
-            Some(pause.ok_or_else(missing)?.try_clone().step("PID namespace")?)
+            PidNamespace::Of(pause.ok_or_else(missing)?.try_clone().step("PID namespace")?)
         }
         api::PidMode::Target => {
-            Some(agent.container(&request.pid_target)?.init.try_clone().step("PID namespace")?)
+            let target = agent.container(&request.pid_target)?;
+            PidNamespace::Of(target.init.try_clone().step("PID namespace")?)
         }
     };
     let mut files = Files {
         layers: Vec::new(),
         scratch: agent.config.scratch.join(&id),
         upper: agent.config.scratch.join(&id).join("upper"),
-        cgroup: Cgroup::new(&agent.config.cgroups, &id),
+        cgroup: Cgroup::new(&agent.config, &id),
     };
     let preparing = Arc::clone(agent);
     let (mut files, prepared) = blocking(move || {
@@ -145,6 +151,16 @@ async fn make(
         }
     }
     made
+}
+
+/// Where init's PID namespace comes from.
+enum PidNamespace {
+    /// It is made for it.
+    New,
+    /// It is the agent's own.
+    Node,
+    /// It is this process's.
+    Of(OwnedFd),
 }
 
 struct Prepared {
@@ -183,6 +199,7 @@ fn prepare(
         namespaces: spec.namespaces,
         filter,
         plan: ContainerPlan {
+            cgroup_doors: files.cgroup.doors(),
             staging: agent.config.staging(),
             layers,
             upper,
@@ -213,7 +230,7 @@ async fn first_process(
     agent: &Arc<Agent>,
     id: &str,
     prepared: Prepared,
-    pid_namespace: Option<OwnedFd>,
+    pid_namespace: PidNamespace,
     files: &mut Files,
 ) -> Result<(Arc<Container>, api::CreateContainerResponse), Error> {
     let Prepared { plan, filter, namespaces, cgroup } = prepared;
@@ -224,7 +241,11 @@ async fn first_process(
         let (stdio, streams) = streams::pipes(Stdin::Open)?;
         (stdio, Some(streams))
     };
-    let new_pid = if pid_namespace.is_some() { 0 } else { namespace::PID };
+    let (new_pid, pid_namespace) = match pid_namespace {
+        PidNamespace::New => (namespace::PID, None),
+        PidNamespace::Node => (0, None),
+        PidNamespace::Of(process) => (0, Some(process)),
+    };
     let descriptors = Descriptors {
         stdio,
         seccomp: duplicate(filter.as_ref())?,

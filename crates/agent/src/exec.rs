@@ -106,7 +106,12 @@ async fn inside(
         cgroup: Some(cgroup.open()?),
         ..Descriptors::default()
     };
-    let plan = ExecPlan { namespaces: container.namespaces, user: container.user.clone(), process };
+    let plan = ExecPlan {
+        cgroup_doors: container.cgroup.doors(),
+        namespaces: container.namespaces,
+        user: container.user.clone(),
+        process,
+    };
     let spawned = agent.spawn(&Plan::Exec(Box::new(plan)), 0, descriptors).await?;
     let streams = match (streams, spawned.terminal) {
         (Some(streams), _) => streams,

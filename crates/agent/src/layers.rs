@@ -4,10 +4,14 @@ use crate::{
     config::Config,
     error::{Error, Step},
 };
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use a3s_box_sys::loop_device::LoopDevice;
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, UnmountFlags, mount, unmount},
+};
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     path::{Component, Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -41,8 +45,7 @@ impl Layers {
             None => {
                 let what = format!("layer {name}");
                 fs::create_dir_all(&target).step(&what)?;
-                mount(self.share.join(name), &target, "erofs", MountFlags::RDONLY, None)
-                    .step(&what)?;
+                attach(&self.share.join(name), &target).step(&what)?;
                 mounted.insert(name.to_owned(), 1);
             }
         }
@@ -71,5 +74,17 @@ impl Layers {
 
     fn target(&self, name: &str) -> PathBuf {
         self.folder.join(name.replace('/', "-"))
+    }
+}
+
+/// Mounts the file itself, or, with kernels before 6.12, a loop device of it.
+fn attach(blob: &Path, target: &Path) -> io::Result<()> {
+    let mount = |source: &Path| mount(source, target, "erofs", MountFlags::RDONLY, None);
+    match mount(blob) {
+        Err(Errno::NOTBLK) => {
+            let device = LoopDevice::attach(&fs::File::open(blob)?)?;
+            Ok(mount(device.path())?)
+        }
+        result => Ok(result?),
     }
 }

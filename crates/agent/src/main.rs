@@ -2,8 +2,8 @@
 //!
 //! Without arguments it is PID 1 of a guest: it mounts what the guest has and serves the calls of
 //! `proto/agent.proto` on the virtio-serial port `agent`. With `--socket FD` it is an ordinary
-//! process that serves them on an inherited socket, in folders given on the command line, and ends
-//! with the connection.
+//! process of the node that serves them on an inherited socket, in folders and namespaces given on the
+//! command line, and ends with the connection.
 //!
 //! Two processes: the *launcher*, forked before anything has threads, makes every container's and
 //! exec's process; the *agent* reaps them and serves, on one thread. Start reading in [`rpc`],
@@ -42,13 +42,24 @@ mod streams;
 mod users;
 mod watcher;
 
+use a3s_box_sys::{clone3, inherit};
 use agent::Agent;
 use config::{Boundary, Config};
 use error::{Error, Step};
-use rustix::fd::OwnedFd;
-use std::{ffi::OsString, os::unix::net::UnixStream, process::ExitCode, sync::Arc};
+use rustix::fd::{AsFd, OwnedFd};
+use std::{ffi::OsString, fs, os::unix::net::UnixStream, process::ExitCode, sync::Arc};
 
-const USAGE: &str = "usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgroups DIR\n       a3s-box-agent            (as PID 1 of a guest)";
+const USAGE: &str = "\
+usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgroups DIR
+                     [--cgroup-v1 CONTROLLER=DIR]... [--own ipc|uts]... [--netns FD]
+       a3s-box-agent            (as PID 1 of a guest)
+
+--cgroups    folder of a cgroup v2 for the containers' cgroups
+--cgroup-v1  the same in the v1 hierarchy of a controller
+--own        a namespace that is made for the pod; it shares the others with the caller
+--netns      the pod's network namespace, which is joined";
+/// Of an agent beside the node's other processes: containers are killed for want of memory before it.
+const OOM_SCORE: &str = "-998";
 /// EX_USAGE.
 const BAD_USAGE: u8 = 64;
 
@@ -60,7 +71,7 @@ fn main() -> ExitCode {
         guest()
     } else {
         match parse(args) {
-            Some((fd, config)) => socket(fd, config),
+            Some((inherited, config)) => socket(&inherited, config),
             None => {
                 log::error(format_args!("{USAGE}"));
                 return ExitCode::from(BAD_USAGE);
@@ -77,10 +88,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn parse(args: Vec<OsString>) -> Option<(i32, Config)> {
+/// Descriptors from the command line.
+struct Inherited {
+    socket: i32,
+    netns: Option<i32>,
+}
+
+fn parse(args: Vec<OsString>) -> Option<(Inherited, Config)> {
     let mut args = args.into_iter();
-    let mut config = Config { boundary: Boundary::Host, ..Config::guest() };
-    let mut socket = None;
+    let mut config = Config { boundary: Boundary::Host, namespaces: 0, ..Config::guest() };
+    let (mut socket, mut netns) = (None, None);
     while let Some(name) = args.next() {
         let value = args.next()?;
         match name.to_str()? {
@@ -89,10 +106,25 @@ fn parse(args: Vec<OsString>) -> Option<(i32, Config)> {
             "--scratch" => config.scratch = value.into(),
             "--runtime" => config.runtime = value.into(),
             "--cgroups" => config.cgroups = value.into(),
+            "--cgroup-v1" => {
+                let (controller, folder) = value.to_str()?.split_once('=')?;
+                config.cgroups_v1.insert(controller.to_owned(), folder.into());
+            }
+            "--own" => {
+                config.namespaces |= match value.to_str()? {
+                    "ipc" => clone3::namespace::IPC,
+                    "uts" => clone3::namespace::UTS,
+                    _ => return None,
+                }
+            }
+            "--netns" => {
+                netns = Some(value.to_str()?.parse().ok()?);
+                config.namespaces |= clone3::namespace::NET;
+            }
             _ => return None,
         }
     }
-    Some((socket?, config))
+    Some((Inherited { socket: socket?, netns }, config))
 }
 
 /// One thread for everything; a few more for what blocks.
@@ -128,8 +160,17 @@ fn guest() -> Result<(), Error> {
     })
 }
 
-fn socket(fd: i32, config: Config) -> Result<(), Error> {
-    let socket = a3s_box_sys::inherit::take(fd).step("inherited socket")?;
+fn socket(inherited: &Inherited, config: Config) -> Result<(), Error> {
+    let socket = inherit::take(inherited.socket).step("inherited socket")?;
+    // Before the launcher is forked, so that every process of the pod is born in them.
+    if let Some(netns) = inherited.netns {
+        let netns = inherit::take(netns).step("inherited network namespace")?;
+        clone3::join(netns.as_fd(), clone3::namespace::NET).step("join the network namespace")?;
+    }
+    clone3::unshare(config.namespaces & !clone3::namespace::NET).step("the pod's namespaces")?;
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
+        log::info(format_args!("oom_score_adj stays: {error}"));
+    }
     let (launcher, socket): (_, OwnedFd) = launcher::fork(socket).step("launcher")?;
     let socket = UnixStream::from(socket);
     socket.set_nonblocking(true).step("inherited socket")?;

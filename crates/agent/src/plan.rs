@@ -21,6 +21,8 @@ pub enum Plan {
 /// A container's file system, identity and first process.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ContainerPlan {
+    /// Files of cgroup v1 hierarchies to write `0` to, to enter.
+    pub cgroup_doors: Vec<PathBuf>,
     /// Where the container's root is mounted before it becomes the root.
     pub staging: PathBuf,
     /// Mounted layers, the highest first.
@@ -60,6 +62,8 @@ pub struct ContainerPlan {
 /// One more process in a container.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExecPlan {
+    /// As the container's.
+    pub cgroup_doors: Vec<PathBuf>,
     /// Which of init's namespaces to join besides its PID namespace (`clone3::namespace` bits).
     pub namespaces: u64,
     /// As init's.

@@ -7,8 +7,9 @@ use crate::{
     network,
 };
 use a3s_box_api::agent::v1 as api;
+use a3s_box_sys::clone3::namespace;
 use rustix::{
-    mount::{MountFlags, mount},
+    mount::{MountFlags, mount, mount_bind},
     time::{ClockId, Timespec, clock_settime},
 };
 use std::{
@@ -75,15 +76,49 @@ fn guest(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), 
     Ok(())
 }
 
-/// The node's kernel: only the files are the pod's own.
+/// The node's kernel: only the files and what is in the pod's own namespaces are the pod's.
 fn host(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
-    if request.network.is_some() {
-        return Err(Error::Unsupported("network outside a guest".to_owned()));
+    if config.owns(namespace::UTS) {
+        let hostname = &request.hostname;
+        rustix::system::sethostname(hostname.as_bytes())
+            .step(format_args!("hostname {hostname:?}"))?;
     }
-    if let Some(name) = request.sysctls.keys().next() {
-        return Err(Error::Unsupported(format!("sysctl {name} outside a guest")));
+    if config.owns(namespace::NET) {
+        network::loopback_up().step("loopback")?;
+    }
+    let mut sysctls: Vec<_> = request.sysctls.iter().collect();
+    sysctls.sort();
+    for (name, value) in sysctls {
+        if !namespace_of(name).is_some_and(|namespace| config.owns(namespace)) {
+            return Err(Error::Unsupported(format!(
+                "sysctl {name}, which the pod shares with the node,"
+            )));
+        }
+        set_sysctl(Path::new("/proc/sys"), name, value)?;
     }
     files(config, request)
+}
+
+/// The kind of namespace that a sysctl belongs to; `None`: to the whole kernel.
+fn namespace_of(sysctl: &str) -> Option<u64> {
+    const IPC: [&str; 8] = [
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.sem",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+    ];
+    let name = sysctl.replace('/', ".");
+    if name.starts_with("net.") {
+        Some(namespace::NET)
+    } else if IPC.contains(&name.as_str()) || name.starts_with("fs.mqueue.") {
+        Some(namespace::IPC)
+    } else {
+        None
+    }
 }
 
 fn files(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
@@ -91,12 +126,20 @@ fn files(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), 
         fs::write(config.etc(name), text).step(format_args!("write {name}"))
     };
     write("hostname", format!("{}\n", request.hostname))?;
-    write("hosts", hosts(request))?;
+    let hosts = if config.owns(namespace::NET) {
+        hosts(request)
+    } else {
+        fs::read_to_string("/etc/hosts").step("read the node's hosts file")?
+    };
+    write("hosts", hosts)?;
     write("resolv.conf", resolv_conf(request.dns.as_ref()))?;
+    fs::create_dir_all(config.shm()).step("shm")?;
+    if !config.owns(namespace::IPC) {
+        return mount_bind("/dev/shm", config.shm()).step("the node's /dev/shm");
+    }
     let size = if request.shm_bytes == 0 { DEFAULT_SHM } else { request.shm_bytes };
     let options =
         CString::new(format!("mode=1777,size={size}")).map_err(std::io::Error::from).step("shm")?;
-    fs::create_dir_all(config.shm()).step("shm")?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("shm", config.shm(), "tmpfs", flags, options.as_c_str()).step("shm")
 }
@@ -154,6 +197,21 @@ mod tests {
         for bad in ["kernel.nothing.here", "../x", "", "/etc/passwd", "net/../../x"] {
             let error = set_sysctl(root.path(), bad, "1").unwrap_err().to_string();
             assert!(error.contains(&format!("sysctl {bad} = 1")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_sysctl_is_known_by_the_namespace_it_belongs_to() {
+        for (name, namespace) in [
+            ("net.ipv4.ip_forward", Some(namespace::NET)),
+            ("net/ipv4/conf/eth0.1/forwarding", Some(namespace::NET)),
+            ("kernel.shm_rmid_forced", Some(namespace::IPC)),
+            ("fs.mqueue.msg_max", Some(namespace::IPC)),
+            ("kernel.hostname", None),
+            ("kernel.core_pattern", None),
+            ("vm.swappiness", None),
+        ] {
+            assert_eq!(namespace_of(name), namespace, "{name}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! What containers use, read from the kernel at the moment of asking.
 //!
-//! Sources: cgroup v2 (kernel documentation, admin-guide/cgroup-v2), PSI (accounting/psi), and
-//! /proc/net/dev.
+//! Sources: cgroup v2 (kernel documentation, admin-guide/cgroup-v2) or, for controllers that the node
+//! has there, cgroup v1 (admin-guide/cgroup-v1), PSI (accounting/psi), and /proc/net/dev.
 
 use crate::{
     agent::{Agent, blocking},
@@ -10,9 +10,12 @@ use crate::{
     error::{Error, Step},
 };
 use a3s_box_api::agent::v1 as api;
+use a3s_box_sys::clone3::namespace;
 use std::{collections::HashMap, fs, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 const INTERFACES: &str = "/proc/net/dev";
+/// Above any limit of memory in a cgroup v1.
+const UNLIMITED: u64 = 1 << 60;
 /// Of the inode sizes in `stat`.
 const BLOCK: u64 = 512;
 
@@ -23,8 +26,14 @@ pub async fn read(
 ) -> Result<api::StatsResponse, Error> {
     let ids = if request.container_ids.is_empty() { agent.ids() } else { request.container_ids };
     let containers: Vec<_> = ids.iter().filter_map(|id| agent.container(id).ok()).collect();
+    let own_network = agent.config.owns(namespace::NET);
     blocking(move || {
-        let interfaces = fs::read_to_string(INTERFACES).step(INTERFACES)?;
+        // The node's traffic is not the pod's.
+        let interfaces = if own_network {
+            fs::read_to_string(INTERFACES).step(INTERFACES)?
+        } else {
+            String::new()
+        };
         Ok(api::StatsResponse {
             containers: containers.iter().filter_map(|container| of(container)).collect(),
             interfaces: read_interfaces(&interfaces),
@@ -36,43 +45,79 @@ pub async fn read(
 /// `None` when the container is just going.
 fn of(container: &Container) -> Option<api::ContainerStats> {
     let cgroup = &container.cgroup;
-    let cpu = table(cgroup, "cpu.stat")?;
-    let memory = table(cgroup, "memory.stat").unwrap_or_default();
-    let value = |table: &HashMap<String, u64>, key: &str| table.get(key).copied().unwrap_or(0);
+    let cpu_ns = match cgroup.v1("cpuacct") {
+        Some(folder) => number(&folder.join("cpuacct.usage")),
+        None => table(&cgroup.file("cpu.stat"))?.get("usage_usec").copied()? * 1000,
+    };
+    let memory = match cgroup.v1("memory") {
+        Some(folder) => memory_v1(folder),
+        None => memory_v2(cgroup),
+    };
+    let pids = cgroup
+        .v1("pids")
+        .map_or_else(|| cgroup.file("pids.current"), |folder| folder.join("pids.current"));
     let mut disk = Disk::default();
     // What is removed while it is counted counts for nothing.
     disk.add(container.writable()).ok();
     Some(api::ContainerStats {
         container_id: container.id.clone(),
-        cpu_ns: value(&cpu, "usage_usec") * 1000,
-        memory_bytes: number(cgroup, "memory.current"),
-        inactive_file_bytes: value(&memory, "inactive_file"),
-        anonymous_bytes: value(&memory, "anon"),
-        memory_limit_bytes: number(cgroup, "memory.max"),
-        page_faults: value(&memory, "pgfault"),
-        major_page_faults: value(&memory, "pgmajfault"),
-        swap_bytes: number(cgroup, "memory.swap.current"),
-        swap_limit_bytes: number(cgroup, "memory.swap.max"),
-        processes: number(cgroup, "pids.current"),
+        cpu_ns,
+        processes: number(&pids),
         disk_bytes: disk.bytes,
         disk_inodes: disk.inodes,
         cpu_pressure: pressure(cgroup, "cpu.pressure"),
         memory_pressure: pressure(cgroup, "memory.pressure"),
         io_pressure: pressure(cgroup, "io.pressure"),
+        ..memory
     })
 }
 
+fn memory_v2(cgroup: &Cgroup) -> api::ContainerStats {
+    let table = table(&cgroup.file("memory.stat")).unwrap_or_default();
+    let value = |key: &str| table.get(key).copied().unwrap_or(0);
+    let number = |file: &str| number(&cgroup.file(file));
+    api::ContainerStats {
+        memory_bytes: number("memory.current"),
+        inactive_file_bytes: value("inactive_file"),
+        anonymous_bytes: value("anon"),
+        memory_limit_bytes: number("memory.max"),
+        page_faults: value("pgfault"),
+        major_page_faults: value("pgmajfault"),
+        swap_bytes: number("memory.swap.current"),
+        swap_limit_bytes: number("memory.swap.max"),
+        ..api::ContainerStats::default()
+    }
+}
+
+/// `folder` is the container's in the memory controller's hierarchy (admin-guide/cgroup-v1/memory).
+fn memory_v1(folder: &Path) -> api::ContainerStats {
+    let table = table(&folder.join("memory.stat")).unwrap_or_default();
+    let value = |key: &str| table.get(key).copied().unwrap_or(0);
+    // What has no limit has the largest number of whole pages.
+    let limit = |file: &str| Some(number(&folder.join(file))).filter(|limit| *limit < UNLIMITED);
+    let memory_limit = limit("memory.limit_in_bytes").unwrap_or(0);
+    let both = limit("memory.memsw.limit_in_bytes").unwrap_or(0);
+    api::ContainerStats {
+        memory_bytes: number(&folder.join("memory.usage_in_bytes")),
+        inactive_file_bytes: value("total_inactive_file"),
+        anonymous_bytes: value("total_rss"),
+        memory_limit_bytes: memory_limit,
+        page_faults: value("total_pgfault"),
+        major_page_faults: value("total_pgmajfault"),
+        swap_bytes: value("total_swap"),
+        swap_limit_bytes: both.saturating_sub(memory_limit),
+        ..api::ContainerStats::default()
+    }
+}
+
 /// A file of one number; 0 for `max` and for a file that is not there.
-fn number(cgroup: &Cgroup, file: &str) -> u64 {
-    fs::read_to_string(cgroup.file(file))
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0)
+fn number(file: &Path) -> u64 {
+    fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 /// A file of keys and numbers.
-fn table(cgroup: &Cgroup, file: &str) -> Option<HashMap<String, u64>> {
-    Some(read_table(&fs::read_to_string(cgroup.file(file)).ok()?))
+fn table(file: &Path) -> Option<HashMap<String, u64>> {
+    Some(read_table(&fs::read_to_string(file).ok()?))
 }
 
 fn read_table(text: &str) -> HashMap<String, u64> {

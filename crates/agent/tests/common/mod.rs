@@ -98,6 +98,11 @@ pub async fn connect(stream: tokio::net::UnixStream) -> AgentClient<Channel> {
 impl Sandbox {
     /// An agent that is not configured yet.
     pub async fn unconfigured() -> Self {
+        Self::with(&["--own", "ipc", "--own", "uts"]).await
+    }
+
+    /// The same with other arguments than namespaces of its own.
+    pub async fn with(args: &[&str]) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = tempfile::tempdir().unwrap();
@@ -118,6 +123,7 @@ impl Sandbox {
             .arg(dir.path().join("run"))
             .arg("--cgroups")
             .arg(&cgroups)
+            .args(args)
             .spawn()
             .unwrap();
         drop(theirs);
@@ -128,7 +134,12 @@ impl Sandbox {
 
     /// An agent whose sandbox is configured.
     pub async fn start() -> Self {
-        let mut sandbox = Self::unconfigured().await;
+        Self::unconfigured().await.configured().await
+    }
+
+    /// The sandbox, configured.
+    pub async fn configured(self) -> Self {
+        let mut sandbox = self;
         let request = api::ConfigureSandboxRequest {
             hostname: "pod".into(),
             dns: Some(api::Dns { servers: vec!["10.9.8.7".into()], ..api::Dns::default() }),
