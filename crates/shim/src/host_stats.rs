@@ -1,21 +1,12 @@
 //! What the boundary's processes take on the host, from /proc.
 
+use a3s_box_sys::cgroup::Usage;
 use std::fs;
 
-/// Sums over processes.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Used {
-    /// CPU time, nanoseconds.
-    pub cpu_ns: u64,
-    /// Memory with shared pages in proportion (PSS), bytes.
-    pub memory_bytes: u64,
-    /// How many there are.
-    pub processes: u64,
-}
-
-/// What these processes have used; one that is gone counts for nothing.
-pub fn of(pids: &[u32]) -> Used {
-    let mut used = Used::default();
+/// What these processes have used; one that is gone counts for nothing. Memory is that with shared
+/// pages in proportion (PSS).
+pub fn of(pids: impl Iterator<Item = u32>) -> Usage {
+    let mut used = Usage::default();
     for pid in pids {
         let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
         let Some(ticks) = read("stat").as_deref().and_then(cpu_ticks) else { continue };
@@ -51,7 +42,7 @@ mod tests {
 
     #[test]
     fn this_process_uses_something_and_a_gone_one_nothing() {
-        let used = of(&[std::process::id(), u32::MAX]);
+        let used = of([std::process::id(), u32::MAX].into_iter());
         assert_eq!(used.processes, 1);
         assert!(used.memory_bytes > 0);
     }

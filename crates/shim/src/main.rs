@@ -1,5 +1,6 @@
 //! One process per sandbox: it owns the boundary and everything a running pod needs, and outlives
-//! the server.
+//! the server. The boundary is a virtual machine, or, for pods that share namespaces of the node, the
+//! node's own kernel.
 //!
 //! ```text
 //! a3s-box-shim STATE_DIR                      a sandbox, ordered by STATE_DIR/shim.json
@@ -7,17 +8,20 @@
 //! a3s-box-shim volume-server ROOT [INIT]      started by the first: serves the share
 //! ```
 //!
-//! A sandbox's shim starts the virtual machine at once and listens on STATE_DIR/shim.sock; it says
+//! A sandbox's shim starts the boundary at once and listens on STATE_DIR/shim.sock; it says
 //! so on its ready pipe. It runs in a mount namespace of its own, so nothing it mounts outlives it.
 //! Everything runs on the main thread: children die with the thread that started them.
 //!
 //! Not here: CRI (the server's), what happens inside the guest (the agent's).
 
 mod boundary;
+mod child;
 mod container;
 mod exec;
+mod host;
 mod host_stats;
 mod log_file;
+mod microvm;
 mod records;
 mod sandbox;
 mod service;

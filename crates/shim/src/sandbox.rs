@@ -2,13 +2,15 @@
 
 use crate::{
     boundary::{Handle, Parts},
-    records,
+    host, microvm, records,
     service::{self, Service, Shim},
     share::PodShare,
 };
 use a3s_box_api::shim::v1::shim_server::ShimServer;
 use a3s_box_sys::{inherit, namespace};
-use a3s_box_types::shim::{CONFIG_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd};
+use a3s_box_types::shim::{
+    BoundaryConfig, CONFIG_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd,
+};
 use a3s_box_volume::Share;
 use anyhow::Context;
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -46,46 +48,62 @@ fn start(folder: &Path, since: Instant, ready: &mut File) -> anyhow::Result<()> 
     let text = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
     let config: ShimConfig =
         serde_json::from_slice(&text).with_context(|| format!("read {}", file.display()))?;
-    let tap = inherit::take(fd::TAP).context("the tap")?;
-    let template_ram = match config.vm.start {
-        Start::Clone { .. } => {
-            Some(inherit::take(fd::TEMPLATE_RAM).context("the template's memory")?)
-        }
-        Start::Boot { .. } => None,
-    };
-    let processes =
-        Processes { shim: records::process(std::process::id())?, vmm: None, volume_server: None };
+    let processes = Processes::new(records::process(std::process::id())?);
     records::save_processes(folder, &processes).context("save the process list")?;
-    // Mounts of the host still arrive here; none of ours reaches the host.
+    let (parts, share) = parts(folder, &config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let boundary = Handle::start(parts, folder.to_owned(), processes, since);
+        serve(folder, config, boundary, share, since, ready).await
+    })
+}
+
+/// What the boundary is made of, with this process in a mount namespace of its own.
+fn parts(folder: &Path, config: &ShimConfig) -> anyhow::Result<(Parts, PodShare)> {
+    match &config.boundary {
+        BoundaryConfig::Microvm(config) => {
+            let tap = inherit::take(fd::TAP).context("the tap")?;
+            let template_ram = match config.vm.start {
+                Start::Clone { .. } => {
+                    Some(inherit::take(fd::TEMPLATE_RAM).context("the template's memory")?)
+                }
+                Start::Boot { .. } => None,
+            };
+            own_mounts()?;
+            let share = Share::create(&folder.join(SHARE_DIR)).context("make the share")?;
+            let share_root = share.root().to_owned();
+            let parts = microvm::Parts { config: config.clone(), share_root, tap, template_ram };
+            Ok((Parts::Microvm(parts), PodShare::of_guest(share)))
+        }
+        BoundaryConfig::Host(config) => {
+            let netns = config.own_network.then(|| inherit::take(fd::NETNS)).transpose();
+            let netns = netns.context("the pod's network namespace")?;
+            let cgroup = host::cgroup(&config.cgroup)?;
+            own_mounts()?;
+            let parts = host::Parts { config: config.clone(), cgroup, netns };
+            Ok((Parts::Host(parts), PodShare::Host))
+        }
+    }
+}
+
+/// Mounts of the host still arrive here; none of ours reaches the host.
+fn own_mounts() -> anyhow::Result<()> {
     namespace::unshare_mount().context("leave the mount namespace")?;
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-        .context("stop sharing mounts with the host")?;
-    let share = Share::create(&folder.join(SHARE_DIR)).context("make the share")?;
-    let share_root = share.root().to_owned();
-    let parts = Parts {
-        folder: folder.to_owned(),
-        share_root,
-        config: config.clone(),
-        tap,
-        template_ram,
-        processes,
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(folder, config, parts, share, since, ready))
+        .context("stop sharing mounts with the host")
 }
 
 async fn serve(
     folder: &Path,
     config: ShimConfig,
-    parts: Parts,
-    share: Share,
+    boundary: Handle,
+    share: PodShare,
     since: Instant,
     ready: &mut File,
 ) -> anyhow::Result<()> {
-    let boundary = Handle::start(parts, since);
     let listener = listen(folder).context("listen on the shim's socket")?;
     let (stop, mut stopped) = watch::channel(false);
-    let shim = Arc::new(Shim::new(folder, config, boundary, PodShare::new(share), since, stop));
+    let shim = Arc::new(Shim::new(folder, config, boundary, share, since, stop));
     tokio::spawn(service::follow(shim.clone()));
     ready.write_all(b"ready\n").context("tell the server")?;
     // The server reads to the end of the file.

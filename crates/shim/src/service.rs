@@ -3,7 +3,7 @@
 use crate::{
     boundary::{Boundary, Handle},
     container::{Answer, Container, Stdin},
-    exec, host_stats,
+    exec,
     log_file::Log,
     records,
     share::PodShare,
@@ -14,7 +14,7 @@ use a3s_box_api::{
 };
 use a3s_box_types::{
     ContainerId,
-    shim::{Accel, ContainerExit, ContainerPhase, ContainerRecord, ShimConfig},
+    shim::{Accel, BoundaryConfig, ContainerExit, ContainerPhase, ContainerRecord, ShimConfig},
 };
 use oci_spec::runtime::Spec;
 use std::{
@@ -331,15 +331,18 @@ impl shim_server::Shim for Service {
             Boundary::Running(_) => (state_response::Boundary::Running, String::new()),
             Boundary::Ended(why) => (state_response::Boundary::Ended, why.clone()),
         };
-        let accel = match self.config.vm.accel {
-            Accel::Kvm => "kvm",
-            Accel::Tcg => "tcg",
+        let accel = match &self.config.boundary {
+            BoundaryConfig::Microvm(config) => match config.vm.accel {
+                Accel::Kvm => "kvm",
+                Accel::Tcg => "tcg",
+            },
+            BoundaryConfig::Host(_) => "",
         };
         Ok(Response::new(shim::StateResponse {
             boundary: boundary.into(),
             end_reason,
             containers: self.all().iter().map(|one| records::to_api(&one.record())).collect(),
-            vmm_pid: self.boundary.vmm_pid(),
+            pid: self.boundary.pid(),
             kernel_release: self
                 .kernel_release
                 .lock()
@@ -443,7 +446,8 @@ impl shim_server::Shim for Service {
     ) -> Result<Response<shim::StatsResponse>, Status> {
         let request = agent::StatsRequest { container_ids: request.into_inner().container_ids };
         let guest = self.boundary.agent().await?.stats(request).await?.into_inner();
-        let used = host_stats::of(&self.boundary.processes());
+        let used = self.boundary.usage();
+        let used = used.map_err(|err| Status::internal(format!("read the pod's cgroup: {err}")))?;
         Ok(Response::new(shim::StatsResponse {
             guest: Some(guest),
             host_cpu_ns: used.cpu_ns,

@@ -227,8 +227,20 @@ impl Cgroup {
                 _ => {}
             }
         }
+        self.kill_each(None)
+    }
+
+    /// Sends SIGKILL to each of its processes but the caller's own.
+    ///
+    /// # Errors
+    /// As [`Cgroup::processes`].
+    pub fn kill_others(&self) -> io::Result<()> {
+        self.kill_each(Some(std::process::id()))
+    }
+
+    fn kill_each(&self, but: Option<u32>) -> io::Result<()> {
         let mut held = Vec::new();
-        for pid in self.processes()? {
+        for pid in self.processes()?.into_iter().filter(|pid| Some(*pid) != but) {
             let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
                 continue;
             };

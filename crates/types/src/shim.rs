@@ -15,8 +15,11 @@ pub const CONSOLE_FILE: &str = "console.log";
 pub mod fd {
     /// Pipe: one line, `ready` once the socket listens or `error: <why>`, then end of file.
     pub const READY: i32 = 3;
-    /// The tap in the pod's network namespace, opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR.
+    /// The tap in the pod's network namespace, opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; only
+    /// for [`super::BoundaryConfig::Microvm`].
     pub const TAP: i32 = 4;
+    /// The pod's network namespace; only for [`super::BoundaryConfig::Host`] with a network of its own.
+    pub const NETNS: i32 = 4;
     /// The template's sealed RAM memfd; only for [`super::Start::Clone`].
     pub const TEMPLATE_RAM: i32 = 5;
 }
@@ -29,12 +32,56 @@ pub struct ShimConfig {
     pub version: u32,
     /// Whose boundary it is.
     pub sandbox_id: SandboxId,
+    /// What the pod runs in.
+    pub boundary: BoundaryConfig,
+}
+
+/// What separates a pod from the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BoundaryConfig {
+    /// A virtual machine of its own.
+    Microvm(MicrovmConfig),
+    /// The node's kernel: namespaces and cgroups.
+    Host(HostConfig),
+}
+
+/// A pod in a virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MicrovmConfig {
     /// The writable layers' disk, made by the shim, removed by the server's teardown.
     pub disk: PathBuf,
     /// Size in bytes of a disk that is not a template's.
     pub disk_bytes: u64,
     /// The virtual machine.
     pub vm: VmConfig,
+}
+
+/// A pod on the node's kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    /// The agent's program.
+    pub agent: PathBuf,
+    /// Folder of the writable layers, made by the shim, removed by the server's teardown.
+    pub scratch: PathBuf,
+    /// The pod's cgroup, in which the shim was started.
+    pub cgroup: CgroupName,
+    /// The pod has a network of its own: [`fd::NETNS`].
+    pub own_network: bool,
+    /// The pod has an IPC namespace of its own.
+    pub own_ipc: bool,
+}
+
+/// Where a pod's cgroup is in every hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CgroupName {
+    /// An absolute path below the mount points, or the name of a systemd slice.
+    pub parent: String,
+    /// The folder's name.
+    pub name: String,
 }
 
 /// One virtual machine.
@@ -105,6 +152,20 @@ pub struct Processes {
     pub vmm: Option<Process>,
     /// The share's server.
     pub volume_server: Option<Process>,
+    /// The agent, where it is a process of the node.
+    pub agent: Option<Process>,
+}
+
+impl Processes {
+    /// The shim alone.
+    pub fn new(shim: Process) -> Self {
+        Self { shim, vmm: None, volume_server: None, agent: None }
+    }
+
+    /// All that were written so far.
+    pub fn all(&self) -> impl Iterator<Item = Process> {
+        [Some(self.shim), self.vmm, self.volume_server, self.agent].into_iter().flatten()
+    }
 }
 
 /// One process, named so that a reused number is not mistaken for it.

@@ -1,0 +1,90 @@
+//! The boundary that is a virtual machine: QEMU and the volume server.
+
+use crate::{boundary::Owner, volume_server};
+use a3s_box_types::shim::{CONSOLE_FILE, MicrovmConfig, Start};
+use a3s_box_vmm::{Vm, VmParts, VmStreams, disk, template, wait_hello};
+use anyhow::Context;
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::net::UnixStream;
+
+/// A cold boot under full load; a clone needs a hundredth of it.
+const HELLO_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What the machine is started with.
+#[derive(Debug)]
+pub struct Parts {
+    /// The order.
+    pub config: MicrovmConfig,
+    /// The share's folder, mounted.
+    pub share_root: PathBuf,
+    /// The guest's card.
+    pub tap: OwnedFd,
+    /// The template's memory, for a clone.
+    pub template_ram: Option<OwnedFd>,
+}
+
+/// From start to end; why it ended.
+pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
+    let Parts { config, share_root, tap, template_ram } = parts;
+    let vm_parts = VmParts {
+        disk: scratch_disk(&config).context("make the scratch disk")?,
+        config: config.vm.clone(),
+        tap,
+        template_ram,
+        console_file: owner.folder.join(CONSOLE_FILE),
+    };
+    let (mut vm, VmStreams { agent, volumes }) = Vm::start(vm_parts).await?;
+    owner.reached("vmm_spawned");
+    owner.show_console(vm.console());
+    owner.started(vm.pid(), |processes| &mut processes.vmm)?;
+    let init = match &config.vm.start {
+        Start::Clone { template } => Some(template.join(template::FUSE_INIT_FILE)),
+        Start::Boot { .. } => None,
+    };
+    let mut volumes = volume_server::start(&share_root, volumes, init.as_deref())
+        .context("start the volume server")?;
+    owner.started(volumes.pid(), |processes| &mut processes.volume_server)?;
+    let greeted = async {
+        let mut stream = UnixStream::from_std(agent)?;
+        wait_hello(&mut stream, HELLO_DEADLINE).await?;
+        Ok(stream)
+    };
+    let ended = async {
+        tokio::select! {
+            exit = vm.wait() => exit.reason,
+            why = volumes.ended("volume server") => why,
+        }
+    };
+    let why = owner.serve(greeted, ended).await;
+    vm.kill().await;
+    Ok(with_console(why, &vm.console_tail()))
+}
+
+fn scratch_disk(config: &MicrovmConfig) -> io::Result<File> {
+    if let Some(folder) = config.disk.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    match &config.vm.start {
+        Start::Clone { template } => {
+            let from = File::open(template.join(template::DISK_FILE))?;
+            disk::copy_sparse(&from, Path::new(&config.disk))
+        }
+        Start::Boot { .. } => disk::format(&config.disk, config.disk_bytes),
+    }
+}
+
+fn with_console(why: String, console: &str) -> String {
+    let lines: Vec<&str> =
+        console.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() {
+        return why;
+    }
+    let tail = lines[lines.len().saturating_sub(4)..].join(" | ");
+    format!("{why} (the guest's console ends with: {tail})")
+}
