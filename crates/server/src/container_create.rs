@@ -24,7 +24,7 @@ pub async fn create_container(
     };
     let sandbox = node.sandboxes.get(&request.pod_sandbox_id)?;
     let view = sandbox.view();
-    let mut spec = container_spec(config, &view.record.spec.runtime_handler)?;
+    let mut spec = container_spec(config, &view.record.spec)?;
     fit_to_sandbox(&mut spec, config, &view, &node.sandboxes)?;
     let name = spec.image.image.clone();
     let image = node.images.resolve(&name);
@@ -68,7 +68,7 @@ fn fit_to_sandbox(
             }
             spec.security.pid = Pid::Target(target.id.to_string());
         }
-        Pid::Pod | Pid::Container => {}
+        Pid::Pod | Pid::Container | Pid::Node => {}
     }
     Ok(())
 }
@@ -118,6 +118,7 @@ fn order(
         Pid::Container => (agent::PidMode::Container, String::new()),
         Pid::Pod => (agent::PidMode::Pod, String::new()),
         Pid::Target(id) => (agent::PidMode::Target, id.clone()),
+        Pid::Node => (agent::PidMode::Node, String::new()),
     };
     let layers = image.layers.iter().map(|layer| layer.display().to_string()).collect();
     shim::CreateContainerRequest {

@@ -48,7 +48,12 @@ fn node(host: &Arc<FakeHost>) -> Arc<Node> {
         sandboxes: Sandboxes::new(host.deps()),
         images: Box::new(OneImage),
         sizes: SizeRules { default: size, min_memory_mb: 128, max: size, guest_overhead_mb: 64 },
-        handlers: ["".to_owned(), "a3s-box".to_owned()].into(),
+        handlers: ["", "a3s-box"]
+            .map(|name| {
+                let host_namespaces = crate::config::HostNamespaces::Refuse;
+                (name.to_owned(), crate::config::Handler { host_namespaces })
+            })
+            .into(),
         root: "/root".into(),
         rates: Rates::default(),
     })

@@ -1,9 +1,12 @@
 //! CRI's ContainerConfig to a [`ContainerSpec`]: pure, and the place where everything is refused
-//! that a container in a guest cannot have.
+//! that a container cannot have.
 
 use crate::{
     container::spec::{ContainerSpec, ImageName, MountSpec, Pid, Propagation, Resources, Security},
-    sandbox::SandboxError,
+    sandbox::{
+        SandboxError,
+        spec::{Boundary, NodeNamespaces, SandboxSpec},
+    },
     security,
 };
 use a3s_box_api::cri;
@@ -11,7 +14,7 @@ use a3s_box_api::cri;
 /// The spec of the container that `config` asks for.
 pub fn container_spec(
     config: &cri::ContainerConfig,
-    handler: &str,
+    sandbox: &SandboxSpec,
 ) -> Result<ContainerSpec, SandboxError> {
     refuse_what_is_not_there(config)?;
     let Some(metadata) = &config.metadata else {
@@ -36,8 +39,8 @@ pub fn container_spec(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         tty: config.tty,
-        resources: resources(&linux.resources.unwrap_or_default())?,
-        security: security(&linux.security_context.unwrap_or_default(), handler)?,
+        resources: resources(&linux.resources.unwrap_or_default(), sandbox.boundary())?,
+        security: security(&linux.security_context.unwrap_or_default(), sandbox)?,
         stop_signal: config.stop_signal,
     })
 }
@@ -156,7 +159,10 @@ fn propagation(mount: &cri::Mount, field: &str) -> Result<Propagation, SandboxEr
     }
 }
 
-fn resources(resources: &cri::LinuxContainerResources) -> Result<Resources, SandboxError> {
+fn resources(
+    resources: &cri::LinuxContainerResources,
+    boundary: Boundary,
+) -> Result<Resources, SandboxError> {
     const AT: &str = "linux.resources";
     security::no_huge_pages(AT, resources)?;
     for (field, value) in [
@@ -171,7 +177,7 @@ fn resources(resources: &cri::LinuxContainerResources) -> Result<Resources, Sand
     for (field, value) in
         [("cpuset_cpus", &resources.cpuset_cpus), ("cpuset_mems", &resources.cpuset_mems)]
     {
-        if !value.is_empty() {
+        if !value.is_empty() && boundary == Boundary::Microvm {
             let why = "numbers of the host's CPUs and nodes mean nothing in a guest";
             return Err(SandboxError::unsupported(format!("{AT}.{field}"), why));
         }
@@ -184,6 +190,8 @@ fn resources(resources: &cri::LinuxContainerResources) -> Result<Resources, Sand
         cpu_period: resources.cpu_period,
         cpu_quota: resources.cpu_quota,
         cpu_shares: resources.cpu_shares,
+        cpuset_cpus: resources.cpuset_cpus.clone(),
+        cpuset_mems: resources.cpuset_mems.clone(),
         memory_limit: resources.memory_limit_in_bytes,
         memory_swap_limit: resources.memory_swap_limit_in_bytes,
         oom_score_adj: resources.oom_score_adj,
@@ -193,10 +201,10 @@ fn resources(resources: &cri::LinuxContainerResources) -> Result<Resources, Sand
 
 fn security(
     context: &cri::LinuxContainerSecurityContext,
-    handler: &str,
+    sandbox: &SandboxSpec,
 ) -> Result<Security, SandboxError> {
     const AT: &str = "linux.security_context";
-    security::no_host_namespaces(context.namespace_options.as_ref(), handler)?;
+    security::sandbox_namespaces(context.namespace_options.as_ref(), sandbox.node_namespaces)?;
     security::no_selinux(&format!("{AT}.selinux_options"), context.selinux_options.as_ref())?;
     let apparmor = format!("{AT}.apparmor");
     security::no_apparmor(&apparmor, context.apparmor.as_ref(), &context.apparmor_profile)?;
@@ -231,7 +239,7 @@ fn security(
             context.seccomp.as_ref(),
             &context.seccomp_profile_path,
         )?,
-        pid: pid(context.namespace_options.as_ref())?,
+        pid: pid(context.namespace_options.as_ref(), sandbox.node_namespaces)?,
     })
 }
 
@@ -255,18 +263,23 @@ fn groups(list: &[i64]) -> Result<Vec<u32>, SandboxError> {
     list.iter().map(group).collect()
 }
 
-fn pid(options: Option<&cri::NamespaceOption>) -> Result<Pid, SandboxError> {
+fn pid(options: Option<&cri::NamespaceOption>, nodes: NodeNamespaces) -> Result<Pid, SandboxError> {
     let field = "linux.security_context.namespace_options";
-    let Some(options) = options else { return Ok(Pid::Pod) };
-    match options.pid() {
+    match options.map_or(cri::NamespaceMode::Pod, cri::NamespaceOption::pid) {
+        // The pod's is the node's.
+        cri::NamespaceMode::Pod | cri::NamespaceMode::Node if nodes.pid => Ok(Pid::Node),
         cri::NamespaceMode::Pod => Ok(Pid::Pod),
         cri::NamespaceMode::Container => Ok(Pid::Container),
-        cri::NamespaceMode::Target if options.target_id.is_empty() => {
-            Err(SandboxError::invalid(format!("{field}.target_id"), "is empty"))
+        cri::NamespaceMode::Target => {
+            let target = options.map(|options| options.target_id.clone()).unwrap_or_default();
+            if target.is_empty() {
+                return Err(SandboxError::invalid(format!("{field}.target_id"), "is empty"));
+            }
+            Ok(Pid::Target(target))
         }
-        cri::NamespaceMode::Target => Ok(Pid::Target(options.target_id.clone())),
         cri::NamespaceMode::Node => {
-            Err(SandboxError::unsupported(format!("{field}.pid = NODE"), "not in a guest"))
+            let why = "the sandbox was made without it";
+            Err(SandboxError::unsupported(format!("{field}.pid = NODE"), why))
         }
     }
 }
@@ -274,6 +287,21 @@ fn pid(options: Option<&cri::NamespaceOption>) -> Result<Pid, SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::tests::spec as sandbox;
+
+    #[test]
+    fn a_pods_pid_namespace_may_be_the_nodes() {
+        let mut sandbox = sandbox("a");
+        sandbox.node_namespaces.pid = true;
+        for (mode, expected) in [(0, Pid::Node), (1, Pid::Container), (2, Pid::Node)] {
+            let mut config = config();
+            security(&mut config).namespace_options.as_mut().unwrap().pid = mode;
+            resources(&mut config).cpuset_cpus = "0-1".into();
+            let spec = container_spec(&config, &sandbox).unwrap();
+            assert_eq!(spec.security.pid, expected);
+            assert_eq!(spec.resources.cpuset_cpus, "0-1");
+        }
+    }
 
     fn config() -> cri::ContainerConfig {
         cri::ContainerConfig {
@@ -310,7 +338,7 @@ mod tests {
         let refused = |(name, change): &Case| {
             let mut config = config();
             change(&mut config);
-            let error = container_spec(&config, "a3s-box").expect_err(name);
+            let error = container_spec(&config, &sandbox("a")).expect_err(name);
             assert!(error.to_string().contains(name), "{name}: {error}");
             error
         };
@@ -344,8 +372,11 @@ mod tests {
                 let options = cri::SeLinuxOption { user, ..Default::default() };
                 security(c).selinux_options = Some(options);
             }),
-            ("handlers.a3s-box.host_namespaces", |c| {
+            ("namespace_options.network = NODE", |c| {
                 security(c).namespace_options.as_mut().unwrap().network = 2;
+            }),
+            ("namespace_options.pid = NODE", |c| {
+                security(c).namespace_options.as_mut().unwrap().pid = 2;
             }),
         ]);
         for error in errors {
@@ -407,7 +438,7 @@ mod tests {
         ] {
             let mut config = config();
             security(&mut config).seccomp_profile_path = path.into();
-            let spec = container_spec(&config, "").unwrap();
+            let spec = container_spec(&config, &sandbox("a")).unwrap();
             assert_eq!(spec.security.seccomp, expected);
         }
     }

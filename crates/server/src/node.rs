@@ -1,7 +1,7 @@
 //! What the RPCs of sandboxes and containers share.
 
 use crate::{
-    config::Config,
+    config::{Config, Handler},
     container_stats::Rates,
     sandbox::{
         Deps, SandboxError, Sandboxes,
@@ -13,7 +13,7 @@ use crate::{
 use a3s_box_net::Cni;
 use a3s_box_store::Store;
 use oci_spec::image::ImageConfiguration;
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tokio::sync::broadcast;
 
 /// Folder of sandboxes under the root and under the state folder.
@@ -30,8 +30,8 @@ pub struct Node {
     pub images: Box<dyn Images>,
     /// Sizes of virtual machines.
     pub sizes: SizeRules,
-    /// Names of the runtime handlers.
-    pub handlers: BTreeSet<String>,
+    /// The runtime handlers by name.
+    pub handlers: BTreeMap<String, Handler>,
     /// The folder that holds what pods write.
     pub root: PathBuf,
     /// CPU rates of containers and sandboxes.
@@ -70,6 +70,7 @@ impl Node {
     ) -> Result<Self, SandboxError> {
         let places = Places {
             shim: config.shim.clone(),
+            agent: config.agent.clone(),
             qemu: config.vm.qemu.clone(),
             state: config.state.join(SANDBOXES),
             root: config.root.join(SANDBOXES),
@@ -92,23 +93,22 @@ impl Node {
             max: config.vm.max_size,
             guest_overhead_mb: config.vm.guest_overhead_mb,
         };
-        let handlers = config.handlers.keys().cloned().collect();
         Ok(Self {
             sandboxes: Sandboxes::new(deps),
             images,
             sizes,
-            handlers,
+            handlers: config.handlers.clone(),
             root: config.root.clone(),
             rates: Rates::default(),
         })
     }
 
-    /// Refuses a handler that is not configured.
-    pub fn check_handler(&self, name: &str) -> Result<(), SandboxError> {
-        if self.handlers.contains(name) {
-            return Ok(());
+    /// The handler of this name; refuses one that is not configured.
+    pub fn handler(&self, name: &str) -> Result<&Handler, SandboxError> {
+        if let Some(handler) = self.handlers.get(name) {
+            return Ok(handler);
         }
-        let known: Vec<_> = self.handlers.iter().map(|name| format!("{name:?}")).collect();
+        let known: Vec<_> = self.handlers.keys().map(|name| format!("{name:?}")).collect();
         let why = format!("{name:?} is not configured; there are {}", known.join(", "));
         Err(SandboxError::invalid("runtime_handler", why))
     }

@@ -186,7 +186,8 @@ fn linux(container: &ContainerSpec) -> Result<Linux, SandboxError> {
     Ok(linux)
 }
 
-/// Network, IPC and UTS are the guest's own (docs/decisions/0004).
+/// Network, IPC and UTS are the pod's own: the guest's (docs/decisions/0004), or those the agent was
+/// started in.
 fn namespaces(pid: &Pid) -> Vec<LinuxNamespace> {
     let mut kinds = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
     if *pid == Pid::Container {
@@ -205,7 +206,9 @@ fn resources(given: &Resources, privileged: bool) -> LinuxResources {
     let mut cpu = LinuxCpu::default();
     cpu.set_shares(positive(given.cpu_shares))
         .set_period(positive(given.cpu_period))
-        .set_quota((given.cpu_quota != 0).then_some(given.cpu_quota));
+        .set_quota((given.cpu_quota != 0).then_some(given.cpu_quota))
+        .set_cpus(some_text(&given.cpuset_cpus))
+        .set_mems(some_text(&given.cpuset_mems));
     let mut memory = LinuxMemory::default();
     memory.set_limit((given.memory_limit > 0).then_some(given.memory_limit));
     let mut resources = LinuxResources::default();
@@ -217,6 +220,10 @@ fn resources(given: &Resources, privileged: bool) -> LinuxResources {
         resources.set_unified(Some(given.unified.clone().into_iter().collect()));
     }
     resources
+}
+
+fn some_text(text: &str) -> Option<String> {
+    Some(text.to_owned()).filter(|text| !text.is_empty())
 }
 
 /// Making nodes is allowed, using them only for the harmless ones; a privileged container may use

@@ -12,8 +12,8 @@ pub async fn run_pod_sandbox(
     let Some(config) = &request.config else {
         return Err(SandboxError::invalid("config", "is missing"));
     };
-    node.check_handler(&request.runtime_handler)?;
-    let spec = sandbox_spec(config, &request.runtime_handler, &node.sizes)?;
+    let handler = node.handler(&request.runtime_handler)?;
+    let spec = sandbox_spec(config, (&request.runtime_handler, handler), &node.sizes)?;
     let id = node.sandboxes.run(spec)?.created().await?;
     Ok(cri::RunPodSandboxResponse { pod_sandbox_id: id.to_string() })
 }

@@ -1,10 +1,11 @@
-//! CRI's PodSandboxConfig to a [`SandboxSpec`]: pure, and the place where everything is refused that
-//! a pod in a virtual machine cannot have.
+//! CRI's PodSandboxConfig to a [`SandboxSpec`]: pure but for the node's name, and the place where
+//! everything is refused that a pod cannot have.
 
 use crate::{
+    config::Handler,
     sandbox::{
         SandboxError,
-        spec::{Dns, HostLimits, PortMapping, Protocol, SandboxName, SandboxSpec},
+        spec::{Dns, HostLimits, NodeNamespaces, PortMapping, Protocol, SandboxName, SandboxSpec},
     },
     security,
     vm_size::{SizeRules, vm_size},
@@ -20,10 +21,10 @@ const HOSTNAME_MAX: usize = 64;
 /// The spec of the sandbox that `config` asks for under the runtime handler.
 ///
 /// `security_context`'s user, groups, read-only rootfs and seccomp profile describe the pod's pause
-/// process, which a virtual machine does not have; they hold by there being nothing to apply them to.
+/// process, which a sandbox does not have here; they hold by there being nothing to apply them to.
 pub fn sandbox_spec(
     config: &cri::PodSandboxConfig,
-    handler: &str,
+    handler: (&str, &Handler),
     rules: &SizeRules,
 ) -> Result<SandboxSpec, SandboxError> {
     if config.windows.is_some() {
@@ -31,7 +32,8 @@ pub fn sandbox_spec(
     }
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.clone().unwrap_or_default();
-    refuse_security(&security, handler)?;
+    let node_namespaces = security::node_namespaces(security.namespace_options.as_ref(), handler)?;
+    refuse_security(&security)?;
     if let Some(resources) = &linux.resources {
         refuse_resources("linux.resources", resources)?;
     }
@@ -42,13 +44,14 @@ pub fn sandbox_spec(
     let size = vm_size(linux.resources.as_ref(), linux.overhead.as_ref(), &annotations, rules)?;
     Ok(SandboxSpec {
         name: name(config.metadata.as_ref())?,
-        runtime_handler: handler.to_owned(),
-        hostname: hostname(&config.hostname)?,
+        runtime_handler: handler.0.to_owned(),
+        node_namespaces,
+        hostname: hostname(&config.hostname, node_namespaces)?,
         log_directory: absolute_or_empty("log_directory", &config.log_directory)?,
         dns: config.dns_config.as_ref().map(dns).transpose()?,
         port_mappings: port_mappings(&config.port_mappings)?,
         labels: config.labels.clone().into_iter().collect(),
-        network: network(&annotations)?,
+        network: network(&annotations, node_namespaces)?,
         annotations,
         cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
         sysctls: sysctls(&linux)?,
@@ -59,12 +62,8 @@ pub fn sandbox_spec(
     })
 }
 
-fn refuse_security(
-    security: &cri::LinuxSandboxSecurityContext,
-    handler: &str,
-) -> Result<(), SandboxError> {
+fn refuse_security(security: &cri::LinuxSandboxSecurityContext) -> Result<(), SandboxError> {
     const AT: &str = "linux.security_context";
-    security::no_host_namespaces(security.namespace_options.as_ref(), handler)?;
     security::no_selinux(&format!("{AT}.selinux_options"), security.selinux_options.as_ref())?;
     security::no_apparmor(&format!("{AT}.apparmor"), security.apparmor.as_ref(), "")?;
     let seccomp = format!("{AT}.seccomp");
@@ -114,7 +113,11 @@ fn name(metadata: Option<&cri::PodSandboxMetadata>) -> Result<SandboxName, Sandb
     })
 }
 
-fn hostname(text: &str) -> Result<String, SandboxError> {
+/// In the node's network a pod is called as the node, whatever was asked for.
+fn hostname(text: &str, nodes: NodeNamespaces) -> Result<String, SandboxError> {
+    if nodes.network {
+        return Ok(rustix::system::uname().nodename().to_string_lossy().into_owned());
+    }
     let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
     if text.len() > HOSTNAME_MAX || !text.bytes().all(good) {
         let why = format!("is not a host name of at most {HOSTNAME_MAX} letters, digits, - . _");
@@ -196,8 +199,15 @@ fn port_mappings(mappings: &[cri::PortMapping]) -> Result<Vec<PortMapping>, Sand
     Ok(mapped)
 }
 
-fn network(annotations: &BTreeMap<String, String>) -> Result<Option<String>, SandboxError> {
+fn network(
+    annotations: &BTreeMap<String, String>,
+    nodes: NodeNamespaces,
+) -> Result<Option<String>, SandboxError> {
     match annotations.get(NETWORK) {
+        Some(_) if nodes.network => {
+            let why = "a pod in the node's network joins no other";
+            Err(SandboxError::invalid(format!("annotations[{NETWORK}]"), why))
+        }
         Some(name) if name.is_empty() => {
             Err(SandboxError::invalid(format!("annotations[{NETWORK}]"), "is empty"))
         }
@@ -219,8 +229,8 @@ fn shared_pid(security: &cri::LinuxSandboxSecurityContext) -> Result<bool, Sandb
     let mode = security.namespace_options.as_ref().map_or(cri::NamespaceMode::Pod, |o| o.pid());
     match mode {
         cri::NamespaceMode::Pod => Ok(true),
-        cri::NamespaceMode::Container => Ok(false),
-        cri::NamespaceMode::Node | cri::NamespaceMode::Target => Err(SandboxError::invalid(
+        cri::NamespaceMode::Container | cri::NamespaceMode::Node => Ok(false),
+        cri::NamespaceMode::Target => Err(SandboxError::invalid(
             "linux.security_context.namespace_options.pid",
             format!("{} is not a sandbox's", mode.as_str_name()),
         )),
@@ -253,6 +263,7 @@ mod tests {
     #![allow(clippy::type_complexity, reason = "tables of a name and a change")]
 
     use super::*;
+    use crate::{config::HostNamespaces, sandbox::spec::Boundary};
     use a3s_box_types::shim::VmSize;
 
     const SIZES: SizeRules = SizeRules {
@@ -293,12 +304,15 @@ mod tests {
         security(config).namespace_options.as_mut().unwrap()
     }
 
+    const REFUSE: Handler = Handler { host_namespaces: HostNamespaces::Refuse };
+    const ALLOW: Handler = Handler { host_namespaces: HostNamespaces::Allow };
+
     type Case = (&'static str, fn(&mut cri::PodSandboxConfig));
 
     fn error(change: impl FnOnce(&mut cri::PodSandboxConfig)) -> SandboxError {
         let mut config = config();
         change(&mut config);
-        sandbox_spec(&config, "a3s-box", &SIZES).unwrap_err()
+        sandbox_spec(&config, ("a3s-box", &REFUSE), &SIZES).unwrap_err()
     }
 
     #[test]
@@ -394,7 +408,7 @@ mod tests {
             hugepage_limits: vec![cri::HugepageLimit { page_size: "2MB".into(), limit: 0 }],
             ..Default::default()
         });
-        let spec = sandbox_spec(&config, "a3s-box", &SIZES).unwrap();
+        let spec = sandbox_spec(&config, ("a3s-box", &REFUSE), &SIZES).unwrap();
         assert_eq!(spec.name.attempt, 2);
         assert_eq!(spec.network.as_deref(), Some("blue"));
         assert_eq!(spec.port_mappings.len(), 1, "a mapping without a host port maps nothing");
@@ -404,10 +418,30 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_shares_a_namespace_of_the_node_runs_on_its_kernel() {
+        let node = cri::NamespaceMode::Node.into();
+        let mut config = config();
+        config.hostname = "web".into();
+        let spec = sandbox_spec(&config, ("", &ALLOW), &SIZES).unwrap();
+        assert_eq!(spec.boundary(), Boundary::Microvm);
+        namespaces(&mut config).pid = node;
+        let spec = sandbox_spec(&config, ("", &ALLOW), &SIZES).unwrap();
+        assert_eq!((spec.boundary(), spec.shared_pid), (Boundary::Host, false));
+        assert_eq!(spec.hostname, "web");
+        namespaces(&mut config).network = node;
+        let spec = sandbox_spec(&config, ("", &ALLOW), &SIZES).unwrap();
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        assert_eq!(spec.hostname, name.trim());
+        config.annotations = [(NETWORK.to_owned(), "blue".to_owned())].into();
+        let error = sandbox_spec(&config, ("", &ALLOW), &SIZES).unwrap_err().to_string();
+        assert!(error.contains(NETWORK), "{error}");
+    }
+
+    #[test]
     fn a_slice_of_the_systemd_driver_is_a_cgroup_parent() {
         let mut config = config();
         linux(&mut config).cgroup_parent = "kubepods-pod1.slice".into();
-        let spec = sandbox_spec(&config, "", &SIZES).unwrap();
+        let spec = sandbox_spec(&config, ("", &ALLOW), &SIZES).unwrap();
         assert_eq!(spec.cgroup_parent, "kubepods-pod1.slice");
         assert!(spec.shared_pid);
     }

@@ -3,7 +3,10 @@
 use crate::{
     container_status,
     node::Node,
-    sandbox::{Sandbox, SandboxError, View, now},
+    sandbox::{
+        Sandbox, SandboxError, View, now,
+        spec::{Boundary, SandboxSpec},
+    },
     sandbox_list::{metadata, state},
 };
 use a3s_box_api::{cri, shim::v1 as shim};
@@ -41,12 +44,7 @@ pub fn status(view: &View) -> cri::PodSandboxStatus {
         ip: ips.next().unwrap_or_default(),
         additional_ips: ips.map(|ip| cri::PodIp { ip }).collect(),
     };
-    let pid = if record.spec.shared_pid {
-        cri::NamespaceMode::Pod
-    } else {
-        cri::NamespaceMode::Container
-    };
-    let options = cri::NamespaceOption { pid: pid.into(), ..Default::default() };
+    let options = namespaces(&record.spec);
     cri::PodSandboxStatus {
         id: record.id.to_string(),
         metadata: Some(metadata(view)),
@@ -62,6 +60,23 @@ pub fn status(view: &View) -> cri::PodSandboxStatus {
     }
 }
 
+fn namespaces(spec: &SandboxSpec) -> cri::NamespaceOption {
+    let nodes = spec.node_namespaces;
+    let mode = |node: bool| {
+        if node { cri::NamespaceMode::Node } else { cri::NamespaceMode::Pod }
+    };
+    let pid = match mode(nodes.pid) {
+        cri::NamespaceMode::Pod if !spec.shared_pid => cri::NamespaceMode::Container,
+        mode => mode,
+    };
+    cri::NamespaceOption {
+        network: mode(nodes.network).into(),
+        pid: pid.into(),
+        ipc: mode(nodes.ipc).into(),
+        ..Default::default()
+    }
+}
+
 async fn info(sandbox: &Sandbox, view: &View) -> HashMap<String, String> {
     let asked = tokio::time::timeout(PATIENCE, sandbox.shim().state()).await;
     let told = asked.ok().and_then(Result::ok).unwrap_or_default();
@@ -71,20 +86,25 @@ async fn info(sandbox: &Sandbox, view: &View) -> HashMap<String, String> {
 fn describe(view: &View, told: &shim::StateResponse) -> serde_json::Value {
     let record = &view.record;
     let boundary = record.boundary.clone().unwrap_or_default();
-    json!({
-        "boundary": "microvm",
-        "state": view.state_name(),
-        "unclear": view.unclear,
-        "endReason": record.end_reason,
-        "vm": {
+    let kind = record.spec.boundary();
+    let vm = (kind == Boundary::Microvm).then(|| {
+        json!({
             "vcpus": record.spec.size.vcpus,
             "memoryMb": record.spec.size.memory_mb,
             "accel": told.accel,
-            "pid": told.vmm_pid,
+            "pid": told.pid,
             "kernelRelease": boundary.kernel_release,
-        },
+        })
+    });
+    json!({
+        "boundary": kind.to_string(),
+        "state": view.state_name(),
+        "unclear": view.unclear,
+        "endReason": record.end_reason,
+        "vm": vm,
+        "kernelRelease": boundary.kernel_release,
         // crictl and tests look for the process of the sandbox here.
-        "pid": told.vmm_pid,
+        "pid": told.pid,
         "stagesMs": boundary.stages_ms,
         "consoleTail": told.console_tail,
         "config": record.spec,

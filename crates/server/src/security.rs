@@ -1,13 +1,18 @@
 //! Security settings that sandbox and container share: namespaces, seccomp, AppArmor, SELinux.
 //!
-//! Fail closed: what a guest cannot enforce is refused by the field's name, never ignored.
+//! Fail closed: what cannot be enforced is refused by the field's name, never ignored.
 
-use crate::sandbox::SandboxError;
+use crate::{
+    config::{Handler, HostNamespaces},
+    sandbox::{SandboxError, spec::NodeNamespaces},
+};
 use a3s_box_api::cri::{
     IdMapping, LinuxContainerResources, NamespaceMode, NamespaceOption, SeLinuxOption,
     SecurityProfile, UserNamespace, security_profile::ProfileType,
 };
 use serde::{Deserialize, Serialize};
+
+const NAMESPACES: &str = "linux.security_context.namespace_options";
 
 /// Which system calls a container may make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,7 +65,7 @@ fn localhost(field: &str, file: &str) -> Result<Seccomp, SandboxError> {
     }
 }
 
-/// AppArmor is the host kernel's and cannot reach into a guest.
+/// AppArmor is the node's kernel's and cannot reach into a guest; pods on the node's kernel get none yet.
 pub fn no_apparmor(
     field: &str,
     profile: Option<&SecurityProfile>,
@@ -73,48 +78,79 @@ pub fn no_apparmor(
     if unconfined {
         return Ok(());
     }
-    Err(SandboxError::unsupported(field, "the guest's kernel does not enforce AppArmor profiles"))
+    Err(SandboxError::unsupported(field, "AppArmor profiles are not applied"))
 }
 
-/// SELinux is the host kernel's and cannot reach into a guest.
+/// SELinux is the node's kernel's and cannot reach into a guest; pods on the node's kernel get none yet.
 pub fn no_selinux(field: &str, options: Option<&SeLinuxOption>) -> Result<(), SandboxError> {
     match options {
-        Some(options) if *options != SeLinuxOption::default() => Err(SandboxError::unsupported(
-            field,
-            "the guest's kernel does not enforce SELinux labels",
-        )),
+        Some(options) if *options != SeLinuxOption::default() => {
+            Err(SandboxError::unsupported(field, "SELinux labels are not applied"))
+        }
         _ => Ok(()),
     }
 }
 
-/// Refuses the node's namespaces: a pod in a virtual machine has none of them.
-pub fn no_host_namespaces(
+/// Namespaces of the node that a sandbox of this handler asks for, where its policy lets it.
+pub fn node_namespaces(
     options: Option<&NamespaceOption>,
-    handler: &str,
-) -> Result<(), SandboxError> {
-    let Some(options) = options else { return Ok(()) };
+    (name, handler): (&str, &Handler),
+) -> Result<NodeNamespaces, SandboxError> {
+    let Some(options) = options else { return Ok(NodeNamespaces::default()) };
     let modes = [("network", options.network()), ("pid", options.pid()), ("ipc", options.ipc())];
-    for (name, mode) in modes {
-        if mode == NamespaceMode::Node {
-            let handler = if handler.is_empty() { "\"\"" } else { handler };
-            return Err(SandboxError::unsupported(
-                format!("linux.security_context.namespace_options.{name} = NODE"),
-                format!(
-                    "a pod of this handler has a virtual machine of its own \
-                     (handlers.{handler}.host_namespaces = \"reject\")"
-                ),
-            ));
+    let asked = modes.iter().find(|(_, mode)| *mode == NamespaceMode::Node);
+    if let Some((namespace, _)) = asked
+        && handler.host_namespaces == HostNamespaces::Refuse
+    {
+        let key = if name.is_empty() { "\"\"" } else { name };
+        return Err(SandboxError::unsupported(
+            format!("{NAMESPACES}.{namespace} = NODE"),
+            format!(
+                "handlers.{key}.host_namespaces is \"refuse\", so every pod of this handler has a \
+                 virtual machine of its own"
+            ),
+        ));
+    }
+    for (namespace, mode) in [("network", options.network()), ("ipc", options.ipc())] {
+        if !matches!(mode, NamespaceMode::Pod | NamespaceMode::Node) {
+            return Err(not_the_pods(namespace, mode));
         }
     }
-    for (name, mode) in [("network", options.network()), ("ipc", options.ipc())] {
-        if mode != NamespaceMode::Pod {
-            return Err(SandboxError::unsupported(
-                format!("linux.security_context.namespace_options.{name} = {}", mode.as_str_name()),
-                "containers share the pod's",
-            ));
+    no_user_namespace(options.userns_options.as_ref())?;
+    let [network, pid, ipc] = modes.map(|(_, mode)| mode == NamespaceMode::Node);
+    Ok(NodeNamespaces { network, pid, ipc })
+}
+
+/// Refuses network and IPC namespaces that are not the sandbox's. `POD`, which is also what stands
+/// there when nothing was said, always is.
+pub fn sandbox_namespaces(
+    options: Option<&NamespaceOption>,
+    sandbox: NodeNamespaces,
+) -> Result<(), SandboxError> {
+    let Some(options) = options else { return Ok(()) };
+    for (namespace, mode, nodes) in
+        [("network", options.network(), sandbox.network), ("ipc", options.ipc(), sandbox.ipc)]
+    {
+        match mode {
+            NamespaceMode::Pod => {}
+            NamespaceMode::Node if nodes => {}
+            NamespaceMode::Node => {
+                return Err(SandboxError::unsupported(
+                    format!("{NAMESPACES}.{namespace} = NODE"),
+                    "the sandbox was made without it",
+                ));
+            }
+            mode => return Err(not_the_pods(namespace, mode)),
         }
     }
     no_user_namespace(options.userns_options.as_ref())
+}
+
+fn not_the_pods(namespace: &str, mode: NamespaceMode) -> SandboxError {
+    SandboxError::unsupported(
+        format!("{NAMESPACES}.{namespace} = {}", mode.as_str_name()),
+        "containers share the pod's",
+    )
 }
 
 fn no_user_namespace(options: Option<&UserNamespace>) -> Result<(), SandboxError> {
@@ -135,13 +171,62 @@ pub fn no_id_mappings(field: &str, mappings: &[IdMapping]) -> Result<(), Sandbox
     Err(SandboxError::unsupported(field, "user namespaces are not there yet"))
 }
 
-/// Huge pages: a guest has none, so only a limit of zero holds. kubelet sends zeros for every size.
+/// Huge pages: pods have none, so only a limit of zero holds. kubelet sends zeros for every size.
 pub fn no_huge_pages(field: &str, resources: &LinuxContainerResources) -> Result<(), SandboxError> {
     match resources.hugepage_limits.iter().find(|limit| limit.limit > 0) {
         Some(limit) => Err(SandboxError::unsupported(
             format!("{field}.hugepage_limits[{}]", limit.page_size),
-            "the guest has no huge pages",
+            "pods have no huge pages",
         )),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(network: NamespaceMode, pid: NamespaceMode, ipc: NamespaceMode) -> NamespaceOption {
+        let (network, pid, ipc) = (network.into(), pid.into(), ipc.into());
+        NamespaceOption { network, pid, ipc, ..NamespaceOption::default() }
+    }
+
+    #[test]
+    fn a_handlers_policy_decides_over_the_nodes_namespaces() {
+        use NamespaceMode::{Container, Node, Pod};
+        let allow = Handler { host_namespaces: HostNamespaces::Allow };
+        let refuse = Handler { host_namespaces: HostNamespaces::Refuse };
+        for (asked, [network, pid, ipc]) in [
+            (options(Node, Pod, Pod), [true, false, false]),
+            (options(Pod, Node, Pod), [false, true, false]),
+            (options(Pod, Container, Node), [false, false, true]),
+        ] {
+            let wanted = NodeNamespaces { network, pid, ipc };
+            assert_eq!(node_namespaces(Some(&asked), ("", &allow)).unwrap(), wanted);
+            let error = node_namespaces(Some(&asked), ("", &refuse)).unwrap_err().to_string();
+            assert!(error.contains("handlers.\"\".host_namespaces"), "{error}");
+            let error = node_namespaces(Some(&asked), ("gold", &refuse)).unwrap_err().to_string();
+            assert!(error.contains("handlers.gold.host_namespaces"), "{error}");
+        }
+        let pods = options(Pod, Container, Pod);
+        let none = NodeNamespaces::default();
+        assert_eq!(node_namespaces(Some(&pods), ("", &refuse)).unwrap(), none);
+        assert_eq!(node_namespaces(None, ("", &allow)).unwrap(), none);
+    }
+
+    #[test]
+    fn a_container_has_its_sandboxs_network_and_ipc() {
+        use NamespaceMode::{Container, Node, Pod};
+        let node = NodeNamespaces { network: true, pid: false, ipc: false };
+        let vm = NodeNamespaces::default();
+        for (asked, sandbox, fine) in [
+            (options(Node, Pod, Pod), node, true),
+            (options(Pod, Pod, Pod), node, true),
+            (options(Pod, Pod, Node), node, false),
+            (options(Node, Pod, Pod), vm, false),
+            (options(Container, Pod, Pod), vm, false),
+        ] {
+            assert_eq!(sandbox_namespaces(Some(&asked), sandbox).is_ok(), fine, "{asked:?}");
+        }
     }
 }

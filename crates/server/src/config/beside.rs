@@ -24,6 +24,11 @@ impl Beside {
         self.0.join("a3s-box-shim")
     }
 
+    /// The agent's program.
+    pub fn agent(&self) -> PathBuf {
+        self.0.join("a3s-box-agent")
+    }
+
     /// A file of the guest: `target/guest` in a build tree, `PREFIX/lib/a3s-box` installed. The
     /// first when there is none, so that the error names a path somebody can fill.
     pub fn guest(&self, file: &str) -> PathBuf {

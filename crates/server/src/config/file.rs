@@ -15,6 +15,7 @@ pub struct RawConfig {
     pub(super) state: Option<PathBuf>,
     pub(super) log: Option<String>,
     pub(super) shim: Option<PathBuf>,
+    pub(super) agent: Option<PathBuf>,
     pub(super) registry_config: Option<PathBuf>,
     pub(super) conf_dir: Option<PathBuf>,
     pub(super) bin_dirs: Option<Vec<PathBuf>>,
@@ -74,6 +75,7 @@ pub fn parse(text: &str) -> (RawConfig, Vec<Problem>) {
         state: top.take("state", path),
         log: top.take("log", filter),
         shim: top.take("shim", path),
+        agent: top.take("agent", path),
         ..RawConfig::default()
     };
     top.section("image", |image| raw.registry_config = image.take("registry_config", path));
@@ -262,10 +264,7 @@ fn mebibytes(value: &DeValue<'_>) -> Result<u64, String> {
 }
 
 fn host_namespaces(value: &DeValue<'_>) -> Result<HostNamespaces, String> {
-    if value.as_str() == Some("shared-kernel") {
-        return Err("\"shared-kernel\" is not there yet; \"reject\" is".to_owned());
-    }
-    choice(value, &[("reject", HostNamespaces::Reject)])
+    choice(value, &[("allow", HostNamespaces::Allow), ("refuse", HostNamespaces::Refuse)])
 }
 
 fn choice<T: Copy>(value: &DeValue<'_>, choices: &[(&str, T)]) -> Result<T, String> {

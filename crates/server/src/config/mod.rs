@@ -36,6 +36,8 @@ pub struct Config {
     pub log: String,
     /// The shim's program.
     pub shim: PathBuf,
+    /// The agent's program, for pods on the node's kernel.
+    pub agent: PathBuf,
     /// Images.
     pub image: ImageConfig,
     /// Pod network.
@@ -144,13 +146,19 @@ pub struct Handler {
 /// `host_namespaces` of a handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostNamespaces {
-    /// They are refused: a pod in a virtual machine has no share in the node's namespaces.
-    Reject,
+    /// They run on the node's own kernel: a pod in a virtual machine has no share in its namespaces.
+    Allow,
+    /// They are refused: every pod has a virtual machine.
+    Refuse,
 }
 
-impl Default for Handler {
-    fn default() -> Self {
-        Self { host_namespaces: HostNamespaces::Reject }
+impl Handler {
+    /// What the handler of this name is without a word about it. A node's own pods (its CNI agent,
+    /// kube-proxy) name no handler; whoever names one wants a virtual machine.
+    fn default_of(name: &str) -> Self {
+        let host_namespaces =
+            if name.is_empty() { HostNamespaces::Allow } else { HostNamespaces::Refuse };
+        Self { host_namespaces }
     }
 }
 
@@ -229,6 +237,7 @@ impl Config {
             state,
             log: raw.log.unwrap_or_else(|| "info".to_owned()),
             shim: raw.shim.unwrap_or_else(|| beside.shim()),
+            agent: raw.agent.unwrap_or_else(|| beside.agent()),
             image: ImageConfig { registry_config: raw.registry_config },
             network: NetworkConfig {
                 conf_dir: raw.conf_dir.unwrap_or_else(|| "/etc/cni/net.d".into()),
@@ -280,10 +289,13 @@ fn milliseconds(written: Option<u64>, default: u64) -> Duration {
 /// The configured handlers and the two that always exist.
 fn handlers(raw: BTreeMap<String, file::RawHandler>) -> BTreeMap<String, Handler> {
     let mut handlers: BTreeMap<_, _> =
-        ["", "a3s-box"].map(|name| (name.to_owned(), Handler::default())).into();
-    for (name, handler) in raw {
-        let host_namespaces = handler.host_namespaces.unwrap_or(HostNamespaces::Reject);
-        handlers.insert(name, Handler { host_namespaces });
+        ["", "a3s-box"].map(|name| (name.to_owned(), Handler::default_of(name))).into();
+    for (name, raw) in raw {
+        let mut handler = Handler::default_of(&name);
+        if let Some(host_namespaces) = raw.host_namespaces {
+            handler.host_namespaces = host_namespaces;
+        }
+        handlers.insert(name, handler);
     }
     handlers
 }

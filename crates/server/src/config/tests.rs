@@ -15,7 +15,7 @@ fn the_printed_defaults_are_the_defaults() {
 
 #[test]
 fn what_is_commented_out_in_the_printed_defaults_is_a_key_too() {
-    let keys = ["shim", "registry_config", "kernel", "initramfs"];
+    let keys = ["shim", "agent", "registry_config", "kernel", "initramfs"];
     let text = keys.iter().fold(DEFAULT.to_owned(), |text, key| {
         assert!(text.contains(&format!("# {key} = ")), "{key}");
         text.replace(&format!("# {key} = "), &format!("{key} = "))
@@ -34,6 +34,7 @@ fn every_key_of_the_file_has_its_effect() {
         "state = '/x'",
         "log = 'debug'",
         "shim = '/x'",
+        "agent = '/x'",
         "image.registry_config = '/x'",
         "network.conf_dir = '/x'",
         "network.bin_dirs = ['/x']",
@@ -57,6 +58,8 @@ fn every_key_of_the_file_has_its_effect() {
         "vm.kvm_probe_timeout_ms = 7",
         "vm.start_timeout_ms = 7",
         "handlers.more = {}",
+        "handlers.\"\".host_namespaces = 'refuse'",
+        "handlers.a3s-box.host_namespaces = 'allow'",
     ];
     for line in lines {
         assert_ne!(parse(line).unwrap(), defaults, "{line}");
@@ -76,7 +79,7 @@ fn all_problems_are_told_at_once_with_their_lines() {
             "line 5: vm.default_vcpus: 0 is not a positive number of this kind",
             "line 6: vm.memory: is not a key of this configuration",
             "line 8: network.bin_dirs: is empty",
-            "line 10: handlers.x.host_namespaces: \"shared-kernel\" is not there yet; \"reject\" is",
+            "line 10: handlers.x.host_namespaces: \"shared-kernel\" is not one of \"allow\", \"refuse\"",
         ]
     );
 }
@@ -99,7 +102,14 @@ fn broken_toml_is_told_with_its_line_and_does_not_hide_other_problems() {
 #[test]
 fn both_standard_handlers_exist_whatever_the_file_says() {
     let config = parse("[handlers.gold]").unwrap();
-    assert_eq!(config.handlers.keys().collect::<Vec<_>>(), ["", "a3s-box", "gold"]);
+    let handlers: Vec<_> =
+        config.handlers.iter().map(|(name, handler)| (&**name, handler.host_namespaces)).collect();
+    let expected = [
+        ("", HostNamespaces::Allow),
+        ("a3s-box", HostNamespaces::Refuse),
+        ("gold", HostNamespaces::Refuse),
+    ];
+    assert_eq!(handlers, expected);
 }
 
 #[test]
@@ -108,6 +118,7 @@ fn shim_and_guest_are_found_beside_the_program() {
     let (bin, installed) = (tree.path().join("bin"), tree.path().join("lib/a3s-box"));
     let beside = Beside::folder(&bin);
     assert_eq!(beside.shim(), bin.join("a3s-box-shim"));
+    assert_eq!(beside.agent(), bin.join("a3s-box-agent"));
     assert_eq!(beside.guest("vmlinuz"), tree.path().join("guest/vmlinuz"));
     std::fs::create_dir_all(&installed).unwrap();
     std::fs::write(installed.join("vmlinuz"), "").unwrap();

@@ -92,6 +92,12 @@ pub struct Resources {
     pub cpu_quota: i64,
     /// As cgroup v1 counts them.
     pub cpu_shares: i64,
+    /// CPU list; only on the node's own kernel.
+    #[serde(default)]
+    pub cpuset_cpus: String,
+    /// Memory node list; only on the node's own kernel.
+    #[serde(default)]
+    pub cpuset_mems: String,
     /// Bytes.
     pub memory_limit: i64,
     /// Bytes of memory and swap together; the guest has no swap, so any limit holds.
@@ -105,7 +111,7 @@ pub struct Resources {
 /// Identity and privileges.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Security {
-    /// Every capability and device of the guest.
+    /// Every capability and device of the guest, or of the node where the pod runs on its kernel.
     pub privileged: bool,
     /// CRI's names.
     pub add_capabilities: Vec<String>,
@@ -169,4 +175,6 @@ pub enum Pid {
     Container,
     /// Another container's.
     Target(String),
+    /// The node's.
+    Node,
 }

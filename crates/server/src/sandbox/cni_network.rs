@@ -2,13 +2,13 @@
 
 use super::{
     SandboxError, blocking,
-    network::Network,
+    network::{Link, Network},
     record::NetworkStatus,
-    spec::{Protocol, SandboxSpec},
+    spec::{Boundary, Protocol, SandboxSpec},
 };
 use a3s_box_net::{Attachment, Bandwidth, Cni, bridge, netns, tap};
 use a3s_box_types::{SandboxId, network::GuestNetwork};
-use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc};
+use std::{collections::BTreeMap, fs::File, sync::Arc};
 
 /// Kubernetes' annotations for traffic limits.
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
@@ -28,11 +28,21 @@ impl CniNetwork {
 
 #[tonic::async_trait]
 impl Network for CniNetwork {
-    async fn prepare(&self, id: &SandboxId, _: &SandboxSpec) -> Result<OwnedFd, SandboxError> {
-        let id = id.clone();
-        blocking("make the pod's network namespace", move || {
-            let failed = |error| SandboxError::step("make the pod's network namespace", error);
-            tap::create(&netns::create(&id).map_err(failed)?).map_err(failed)
+    async fn prepare(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<Link, SandboxError> {
+        const STEP: &str = "make the pod's network namespace";
+        if spec.node_namespaces.network {
+            return Ok(Link::Node);
+        }
+        let (id, boundary) = (id.clone(), spec.boundary());
+        blocking(STEP, move || {
+            let failed = |error| SandboxError::step(STEP, error);
+            let netns = netns::create(&id).map_err(failed)?;
+            match boundary {
+                Boundary::Microvm => tap::create(&netns).map(Link::Tap).map_err(failed),
+                Boundary::Host => File::open(&netns)
+                    .map(|netns| Link::Namespace(netns.into()))
+                    .map_err(|error| SandboxError::step(STEP, error)),
+            }
         })
         .await
     }
@@ -42,6 +52,9 @@ impl Network for CniNetwork {
         id: &SandboxId,
         spec: &SandboxSpec,
     ) -> Result<NetworkStatus, SandboxError> {
+        if spec.node_namespaces.network {
+            return Ok(NetworkStatus::default());
+        }
         let attached = self.cni.add(&attachment(id, spec)?).await;
         let attached =
             attached.map_err(|error| SandboxError::step("attach the pod to its network", error))?;
@@ -51,15 +64,21 @@ impl Network for CniNetwork {
     async fn join(
         &self,
         id: &SandboxId,
+        spec: &SandboxSpec,
         status: &NetworkStatus,
     ) -> Result<GuestNetwork, SandboxError> {
-        let failed = |error| SandboxError::step("join the pod's network with its VM", error);
+        if spec.node_namespaces.network {
+            return Ok(GuestNetwork::default());
+        }
         let netns = netns::path(id);
-        let ((), guest) = tokio::try_join!(
-            bridge::join(&netns, &status.interface, tap::NAME),
-            bridge::guest_network(&netns, &status.interface),
-        )
-        .map_err(failed)?;
+        let join = async {
+            match spec.boundary() {
+                Boundary::Microvm => bridge::join(&netns, &status.interface, tap::NAME).await,
+                Boundary::Host => Ok(()),
+            }
+        };
+        let ((), guest) = tokio::try_join!(join, bridge::guest_network(&netns, &status.interface))
+            .map_err(|error| SandboxError::step("join the pod with its network", error))?;
         Ok(guest)
     }
 

@@ -1,4 +1,4 @@
-//! What the guest is told once: the spec and the network, as the agent's request. Pure but for the
+//! What the agent is told once: the spec and the network, as the agent's request. Pure but for the
 //! node's resolv.conf, which pods without a DNS config share.
 
 use super::spec::{Dns, SandboxSpec};
@@ -8,7 +8,7 @@ use a3s_box_types::{SandboxId, network::GuestNetwork};
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const HOSTNAME_MAX: usize = 64;
 
-/// The order that makes a guest this sandbox.
+/// The order that makes a fresh boundary this sandbox.
 pub fn configure(
     id: &SandboxId,
     spec: &SandboxSpec,
@@ -22,7 +22,8 @@ pub fn configure(
     agent::ConfigureSandboxRequest {
         sandbox_id: id.to_string(),
         hostname,
-        network: Some(guest_network(network)),
+        // The node's interfaces are nobody's to take over.
+        network: (!spec.node_namespaces.network).then(|| guest_network(network)),
         dns: Some(agent::Dns {
             servers: dns.servers,
             searches: dns.searches,

@@ -4,11 +4,12 @@ use super::{
     Deps, SandboxError, blocking,
     configure::configure,
     millis,
+    network::Link,
     record::{BoundaryStatus, NetworkStatus, Record},
 };
 use crate::failpoint;
 use a3s_box_types::sandbox::Event;
-use std::{os::fd::OwnedFd, time::Instant};
+use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// The record as far as the creation came, and how it ended. On an error something may be left, for
@@ -30,14 +31,14 @@ async fn steps(
     let started = Instant::now();
     save(record, deps).await?;
     failpoint::hit("sandbox-intent-saved");
-    let tap = deps.network.prepare(&record.id, &record.spec).await?;
+    let link = deps.network.prepare(&record.id, &record.spec).await?;
     failpoint::hit("sandbox-netns-made");
-    let network = network_and_boundary(record, deps, tap, stop).await?;
+    let network = network_and_boundary(record, deps, link, stop).await?;
     let side_by_side = started.elapsed();
     record.network = Some(network.clone());
     save(record, deps).await?;
     failpoint::hit("sandbox-network-saved");
-    let guest = deps.network.join(&record.id, &network).await?;
+    let guest = deps.network.join(&record.id, &record.spec, &network).await?;
     let order = configure(&record.id, &record.spec, &guest);
     let shim = deps.shims.client(&record.id);
     let answer = unless_stopped(record, stop, shim.configure(order)).await?;
@@ -60,11 +61,11 @@ async fn steps(
 async fn network_and_boundary(
     record: &Record,
     deps: &Deps,
-    tap: OwnedFd,
+    link: Link,
     stop: &CancellationToken,
 ) -> Result<NetworkStatus, SandboxError> {
     let attach = deps.network.attach(&record.id, &record.spec);
-    let start = unless_stopped(record, stop, deps.shims.start(&record.id, &record.spec, tap));
+    let start = unless_stopped(record, stop, deps.shims.start(&record.id, &record.spec, link));
     tokio::pin!(attach, start);
     tokio::select! {
         network = &mut attach => {

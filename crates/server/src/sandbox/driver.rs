@@ -196,7 +196,8 @@ impl Driver {
             Ok(()) => {
                 self.created = Some(Ok(()));
                 self.publish();
-                info!(name = %self.record.spec.name, "sandbox is ready");
+                let spec = &self.record.spec;
+                info!(name = %spec.name, boundary = %spec.boundary(), "sandbox is ready");
                 self.happened(None, HappeningKind::Created);
                 self.happened(None, HappeningKind::Started);
                 self.watch();

@@ -4,7 +4,11 @@
 //! n-th of these points (the call then never returns, as for a killed server) or to fail at one.
 
 use super::{
-    Deps, SandboxError, network::Network, record::NetworkStatus, shims::Shims, spec::SandboxSpec,
+    Deps, SandboxError,
+    network::{Link, Network},
+    record::NetworkStatus,
+    shims::Shims,
+    spec::SandboxSpec,
 };
 use crate::shim_client::ShimClient;
 use a3s_box_api::{
@@ -17,7 +21,6 @@ use a3s_box_store::Store;
 use a3s_box_types::{SandboxId, network::GuestNetwork};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::fd::OwnedFd,
     path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
@@ -183,11 +186,11 @@ impl Drop for FakeHost {
 
 #[tonic::async_trait]
 impl Network for FakeHost {
-    async fn prepare(&self, id: &SandboxId, _: &SandboxSpec) -> Result<OwnedFd, SandboxError> {
+    async fn prepare(&self, id: &SandboxId, _: &SandboxSpec) -> Result<Link, SandboxError> {
         self.step("prepare").await?;
         self.lock().netns.insert(id.clone());
         self.step("prepared").await?;
-        Ok(std::fs::File::open("/dev/null").unwrap().into())
+        Ok(Link::Tap(std::fs::File::open("/dev/null").unwrap().into()))
     }
 
     async fn attach(&self, id: &SandboxId, _: &SandboxSpec) -> Result<NetworkStatus, SandboxError> {
@@ -198,7 +201,12 @@ impl Network for FakeHost {
         Ok(NetworkStatus { interface: "eth0".to_owned(), ips })
     }
 
-    async fn join(&self, _: &SandboxId, _: &NetworkStatus) -> Result<GuestNetwork, SandboxError> {
+    async fn join(
+        &self,
+        _: &SandboxId,
+        _: &SandboxSpec,
+        _: &NetworkStatus,
+    ) -> Result<GuestNetwork, SandboxError> {
         self.step("join").await?;
         Ok(GuestNetwork::default())
     }
@@ -218,7 +226,7 @@ impl Network for FakeHost {
 
 #[tonic::async_trait]
 impl Shims for FakeHost {
-    async fn start(&self, id: &SandboxId, _: &SandboxSpec, _: OwnedFd) -> Result<(), SandboxError> {
+    async fn start(&self, id: &SandboxId, _: &SandboxSpec, _: Link) -> Result<(), SandboxError> {
         self.step("start").await?;
         self.lock().folders.insert(id.clone());
         self.step("folder").await?;

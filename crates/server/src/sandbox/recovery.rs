@@ -15,7 +15,7 @@ use super::{
     driver::Beginning,
     index, now,
     record::{Record, SANDBOX},
-    spec::{HostLimits, SandboxName, SandboxSpec},
+    spec::{HostLimits, NodeNamespaces, SandboxName, SandboxSpec},
 };
 use crate::{container::ContainerRecord, status::chain};
 use a3s_box_store::Object;
@@ -175,6 +175,7 @@ fn placeholder(id: &SandboxId, boot_id: &str) -> Record {
     let spec = SandboxSpec {
         name,
         runtime_handler: String::new(),
+        node_namespaces: NodeNamespaces::default(),
         hostname: String::new(),
         log_directory: String::new(),
         dns: None,

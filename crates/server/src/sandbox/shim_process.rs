@@ -2,13 +2,18 @@
 //!
 //! ```text
 //! STATE/sandboxes/ID/   shim.json  cgroup  shim.sock  shim.log  console.log  processes.json  containers/
-//! ROOT/sandboxes/ID/    disk.ext4, beside the server's records
+//! ROOT/sandboxes/ID/    disk.ext4, or scratch/ without a virtual machine, beside the server's records
 //! ```
 //!
 //! Whether anything lives is read from the shim's own list of processes (pid and start time) and from
 //! the pod's cgroup, whose name derives from the id; only what is found there is ever killed.
 
-use super::{SandboxError, blocking, shims::Shims, spec::SandboxSpec};
+use super::{
+    SandboxError, blocking,
+    network::Link,
+    shims::Shims,
+    spec::{Boundary, SandboxSpec},
+};
 use crate::{shim_client::ShimClient, status::chain};
 use a3s_box_api::shim::v1 as shim;
 use a3s_box_sys::{
@@ -19,15 +24,19 @@ use a3s_box_sys::{
 use a3s_box_types::{
     SandboxId,
     shim::{
-        Accel, CONFIG_FILE, CONTAINERS_DIR, ContainerPhase, ContainerRecord, PROCESSES_FILE,
-        Process, Processes, SOCKET_FILE, ShimConfig, Start, VmConfig, VmSize, fd,
+        Accel, BoundaryConfig, CONFIG_FILE, CONTAINERS_DIR, CgroupName, ContainerPhase,
+        ContainerRecord, HostConfig, MicrovmConfig, PROCESSES_FILE, Process, Processes,
+        SOCKET_FILE, ShimConfig, Start, VmConfig, VmSize, fd,
     },
 };
 use std::{
     collections::HashMap,
     fs::{self, DirBuilder, File},
     io::{self, Read, Seek, SeekFrom},
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
     process::Child,
     sync::{Arc, Mutex, PoisonError},
@@ -44,6 +53,7 @@ use tracing::{debug, warn};
 const CGROUP_FILE: &str = "cgroup";
 const LOG_FILE: &str = "shim.log";
 const DISK_FILE: &str = "disk.ext4";
+const SCRATCH_DIR: &str = "scratch";
 /// Parent of pods' cgroups when kubelet names none: no folder of ours to be left behind.
 const CGROUP_PARENT: &str = "/";
 
@@ -83,6 +93,8 @@ pub trait Templates: Send + Sync {
 pub struct Places {
     /// The shim's program.
     pub shim: PathBuf,
+    /// The agent's program.
+    pub agent: PathBuf,
     /// QEMU's program.
     pub qemu: PathBuf,
     /// `STATE/sandboxes`.
@@ -131,20 +143,51 @@ impl ShimProcesses {
         self.places.root.join(id.as_str()).join(DISK_FILE)
     }
 
-    fn config(&self, id: &SandboxId, spec: &SandboxSpec, order: &StartOrder) -> ShimConfig {
-        ShimConfig {
-            version: 1,
-            sandbox_id: id.clone(),
-            disk: self.disk(id),
-            disk_bytes: order.disk_bytes,
-            vm: VmConfig {
-                qemu: self.places.qemu.clone(),
-                accel: order.accel,
-                start: order.start.clone(),
-                size: spec.size,
-                uid: uid(id, self.places.uid_base, self.places.uid_count),
-            },
+    fn scratch(&self, id: &SandboxId) -> PathBuf {
+        self.places.root.join(id.as_str()).join(SCRATCH_DIR)
+    }
+
+    /// What the pod is to run in, and the descriptors that its shim needs for it.
+    async fn boundary(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        link: Link,
+    ) -> Result<(BoundaryConfig, Vec<(OwnedFd, RawFd)>), SandboxError> {
+        match (spec.boundary(), link) {
+            (Boundary::Microvm, Link::Tap(tap)) => {
+                let order = self.templates.start_order(spec.size).await?;
+                let mut fds = vec![(tap, fd::TAP)];
+                fds.extend(order.ram.map(|ram| (ram, fd::TEMPLATE_RAM)));
+                let vm = VmConfig {
+                    qemu: self.places.qemu.clone(),
+                    accel: order.accel,
+                    start: order.start,
+                    size: spec.size,
+                    uid: uid(id, self.places.uid_base, self.places.uid_count),
+                };
+                let (disk, disk_bytes) = (self.disk(id), order.disk_bytes);
+                Ok((BoundaryConfig::Microvm(MicrovmConfig { disk, disk_bytes, vm }), fds))
+            }
+            (Boundary::Host, Link::Node) => Ok((self.host(id, spec, false), Vec::new())),
+            (Boundary::Host, Link::Namespace(netns)) => {
+                Ok((self.host(id, spec, true), vec![(netns, fd::NETNS)]))
+            }
+            (boundary, link) => {
+                let why = format!("a boundary {boundary} has no use for {link:?}");
+                Err(SandboxError::step("start the pod's shim", why))
+            }
         }
+    }
+
+    fn host(&self, id: &SandboxId, spec: &SandboxSpec, own_network: bool) -> BoundaryConfig {
+        BoundaryConfig::Host(HostConfig {
+            agent: self.places.agent.clone(),
+            scratch: self.scratch(id),
+            cgroup: CgroupName { parent: parent(spec).to_owned(), name: cgroup_name(id) },
+            own_network,
+            own_ipc: !spec.node_namespaces.ipc,
+        })
     }
 
     /// The pod's cgroup; `None` when its name was never written, so nothing ever entered it.
@@ -158,7 +201,7 @@ impl ShimProcesses {
     }
 
     fn cgroup_under(&self, id: &SandboxId, parent: &str) -> Cgroup {
-        Cgroup::new(self.hierarchies.clone(), parent, &format!("a3s-box-{id}"))
+        Cgroup::new(self.hierarchies.clone(), parent, &cgroup_name(id))
     }
 
     fn spawning(&self, id: &SandboxId) -> Arc<tokio::sync::Mutex<()>> {
@@ -178,13 +221,13 @@ impl ShimProcesses {
             Ok(bytes) => {
                 let listed: Processes = serde_json::from_slice(&bytes)
                     .map_err(|error| SandboxError::step("read the shim's processes", error))?;
-                [Some(listed.shim), listed.vmm, listed.volume_server]
+                listed.all().collect()
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => [None; 3],
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(failed(error)),
         };
         let mut listed_alive = Vec::new();
-        for process in listed.into_iter().flatten() {
+        for process in listed {
             let identity = Identity { pid: process.pid, start_time: process.start_time };
             if identity.is_alive().map_err(failed)? {
                 listed_alive.push(identity);
@@ -285,19 +328,18 @@ impl Shims for ShimProcesses {
         &self,
         id: &SandboxId,
         spec: &SandboxSpec,
-        tap: OwnedFd,
+        link: Link,
     ) -> Result<(), SandboxError> {
-        let order = self.templates.start_order(spec.size).await?;
+        let (boundary, fds) = self.boundary(id, spec, link).await?;
         let birth = Birth {
             program: self.places.shim.clone(),
             folder: self.folder(id),
-            config: self.config(id, spec, &order),
+            config: ShimConfig { version: 1, sandbox_id: id.clone(), boundary },
             cgroup: self.cgroup_under(id, parent(spec)),
             cgroup_parent: parent(spec).to_owned(),
             limits: limits(spec),
             oom_score_adj: spec.host_limits.oom_score_adj,
-            tap,
-            ram: order.ram,
+            fds,
             children: self.children.clone(),
         };
         // Moved into the work, which goes on when the caller gives up: `end` waits for it.
@@ -338,9 +380,10 @@ impl Shims for ShimProcesses {
         }
         self.wait_until_gone(id).await?;
         self.remove_cgroup(id).await?;
-        let disk = self.disk(id);
-        blocking("remove the pod's disk", move || {
-            gone(fs::remove_file(&disk), "remove the pod's disk")
+        let (disk, scratch) = (self.disk(id), self.scratch(id));
+        blocking("remove what the pod wrote", move || {
+            gone(fs::remove_file(&disk), "remove the pod's disk")?;
+            gone(fs::remove_dir_all(&scratch), "remove the pod's writable layers")
         })
         .await
     }
@@ -378,8 +421,7 @@ struct Birth {
     cgroup_parent: String,
     limits: Limits,
     oom_score_adj: i32,
-    tap: OwnedFd,
-    ram: Option<OwnedFd>,
+    fds: Vec<(OwnedFd, RawFd)>,
     children: Children,
 }
 
@@ -398,10 +440,8 @@ impl Birth {
         let (reader, writer) = io::pipe()?;
         let mut spawn = Spawn::new(self.program);
         spawn.arg(&self.folder);
-        spawn.fd(writer, fd::READY).fd(self.tap, fd::TAP);
-        if let Some(ram) = self.ram {
-            spawn.fd(ram, fd::TEMPLATE_RAM);
-        }
+        spawn.fd(writer, fd::READY);
+        spawn.fds.extend(self.fds);
         spawn.output = Some(log.into());
         spawn.session = true;
         spawn.cgroups = doors;
@@ -417,7 +457,7 @@ impl Birth {
 fn note_process(folder: &Path, pid: u32) -> io::Result<()> {
     let Ok(Identity { pid, start_time }) = Identity::of(pid) else { return Ok(()) };
     let shim = Process { pid, start_time };
-    let list = serde_json::to_vec(&Processes { shim, vmm: None, volume_server: None })?;
+    let list = serde_json::to_vec(&Processes::new(shim))?;
     match File::create_new(folder.join(PROCESSES_FILE)) {
         Ok(mut file) => io::Write::write_all(&mut file, &list),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -447,6 +487,10 @@ async fn reap(children: Children) {
     }
 }
 
+fn cgroup_name(id: &SandboxId) -> String {
+    format!("a3s-box-{id}")
+}
+
 fn parent(spec: &SandboxSpec) -> &str {
     if spec.cgroup_parent.is_empty() { CGROUP_PARENT } else { &spec.cgroup_parent }
 }
@@ -459,7 +503,11 @@ fn limits(spec: &SandboxSpec) -> Limits {
         cpu_period: host.cpu_period,
         cpuset_cpus: host.cpuset_cpus.clone(),
         cpuset_mems: host.cpuset_mems.clone(),
-        memory_max: (u64::from(spec.size.memory_mb) + HOST_OVERHEAD_MB) << 20,
+        // On the node's own kernel the containers' limits and those of kubelet's cgroup are the pod's.
+        memory_max: match spec.boundary() {
+            Boundary::Microvm => (u64::from(spec.size.memory_mb) + HOST_OVERHEAD_MB) << 20,
+            Boundary::Host => 0,
+        },
     }
 }
 
@@ -532,7 +580,7 @@ fn gone(result: io::Result<()>, step: &'static str) -> Result<(), SandboxError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::tests::spec;
+    use crate::sandbox::{spec::NodeNamespaces, tests::spec};
     use std::os::unix::fs::PermissionsExt;
 
     struct OneTemplate;
@@ -552,6 +600,7 @@ mod tests {
         fs::set_permissions(&shim, fs::Permissions::from_mode(0o755)).unwrap();
         let places = Places {
             shim,
+            agent: "/usr/bin/agent".into(),
             qemu: "/usr/bin/qemu".into(),
             state: folder.join("state"),
             root: folder.join("root"),
@@ -562,8 +611,8 @@ mod tests {
         ShimProcesses::new(places, Arc::new(OneTemplate)).unwrap()
     }
 
-    fn tap() -> OwnedFd {
-        File::open("/dev/null").unwrap().into()
+    fn tap() -> Link {
+        Link::Tap(File::open("/dev/null").unwrap().into())
     }
 
     fn id() -> SandboxId {
@@ -582,7 +631,8 @@ mod tests {
         assert_eq!(shims.leftovers().await.unwrap(), std::slice::from_ref(&id));
         let order = fs::read(shims.folder(&id).join(CONFIG_FILE)).unwrap();
         let order: ShimConfig = serde_json::from_slice(&order).unwrap();
-        assert_eq!((order.sandbox_id, order.disk), (id.clone(), shims.disk(&id)));
+        let BoundaryConfig::Microvm(vm) = order.boundary else { panic!("a virtual machine") };
+        assert_eq!((order.sandbox_id, vm.disk), (id.clone(), shims.disk(&id)));
         assert_eq!(fs::read_to_string(shims.folder(&id).join(LOG_FILE)).unwrap(), "/dev/null\n");
         fs::create_dir_all(shims.disk(&id).parent().unwrap()).unwrap();
         fs::write(shims.disk(&id), "data").unwrap();
@@ -599,6 +649,28 @@ mod tests {
         next.forget(&id).await.unwrap();
         next.forget(&id).await.unwrap();
         assert!(next.leftovers().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_pod_on_the_nodes_kernel_needs_no_machine_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let shims = shims(folder.path(), "ls /proc/$$/fd; echo ready >&3; exec sleep 1000");
+        let id = id();
+        let mut spec = spec("a");
+        spec.node_namespaces = NodeNamespaces { network: true, pid: false, ipc: true };
+        shims.start(&id, &spec, tap()).await.unwrap_err();
+        shims.start(&id, &spec, Link::Node).await.unwrap();
+        let order = fs::read(shims.folder(&id).join(CONFIG_FILE)).unwrap();
+        let order: ShimConfig = serde_json::from_slice(&order).unwrap();
+        let BoundaryConfig::Host(host) = order.boundary else { panic!("the node's kernel") };
+        assert_eq!((host.own_network, host.own_ipc), (false, false));
+        assert_eq!(host.agent, Path::new("/usr/bin/agent"));
+        let log = fs::read_to_string(shims.folder(&id).join(LOG_FILE)).unwrap();
+        assert!(!log.lines().any(|fd| fd == "4"), "nothing but the ready pipe: {log}");
+        fs::create_dir_all(host.scratch.join("1/upper/x")).unwrap();
+        shims.end(&id).await.unwrap();
+        assert!(!host.scratch.exists());
+        shims.forget(&id).await.unwrap();
     }
 
     #[tokio::test]

@@ -1,10 +1,9 @@
 //! The driver's seam to the shims: one process per sandbox, named by the sandbox id.
 
-use super::{SandboxError, spec::SandboxSpec};
+use super::{SandboxError, network::Link, spec::SandboxSpec};
 use crate::shim_client::ShimClient;
 use a3s_box_api::shim::v1 as shim;
 use a3s_box_types::SandboxId;
-use std::os::fd::OwnedFd;
 
 /// What the driver needs of the shims. Every call may be repeated.
 #[tonic::async_trait]
@@ -15,7 +14,7 @@ pub trait Shims: Send + Sync {
         &self,
         id: &SandboxId,
         spec: &SandboxSpec,
-        tap: OwnedFd,
+        link: Link,
     ) -> Result<(), SandboxError>;
     /// Its socket's client; there need not be a shim.
     fn client(&self, id: &SandboxId) -> ShimClient;
@@ -23,7 +22,7 @@ pub trait Shims: Send + Sync {
     async fn is_alive(&self, id: &SandboxId) -> Result<bool, SandboxError>;
     /// The container states that a dead shim left on disk.
     async fn last_words(&self, id: &SandboxId) -> Vec<shim::ContainerState>;
-    /// Ends shim and boundary, removes the cgroup and the disk. OK when there is nothing.
+    /// Ends shim and boundary, removes the cgroup and what containers wrote. OK when there is nothing.
     async fn end(&self, id: &SandboxId) -> Result<(), SandboxError>;
     /// Removes the folder of an ended shim: console, exit records. OK when there is nothing.
     async fn forget(&self, id: &SandboxId) -> Result<(), SandboxError>;

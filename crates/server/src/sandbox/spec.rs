@@ -1,7 +1,7 @@
 //! What a sandbox is to be, free of CRI types: the part of the record that never changes.
 
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 /// Everything RunPodSandbox asked for and this server honours. Two requests mean the same sandbox
 /// exactly when their specs are equal.
@@ -11,6 +11,9 @@ pub struct SandboxSpec {
     pub name: SandboxName,
     /// The configured runtime handler; may be empty.
     pub runtime_handler: String,
+    /// Namespaces of the node that the pod shares; any of them puts it on the node's own kernel.
+    #[serde(default)]
+    pub node_namespaces: NodeNamespaces,
     /// Empty: the guest is called as the pod.
     pub hostname: String,
     /// Host folder of the containers' logs; empty: containers have no log file.
@@ -35,15 +38,53 @@ pub struct SandboxSpec {
     pub network: Option<String>,
     /// Limits of the pod's processes on the host.
     pub host_limits: HostLimits,
-    /// Size of the virtual machine.
+    /// Size of the virtual machine, if it has one.
     pub size: a3s_box_types::shim::VmSize,
 }
 
 impl SandboxSpec {
+    /// What separates the pod from the node.
+    pub fn boundary(&self) -> Boundary {
+        if self.node_namespaces == NodeNamespaces::default() {
+            Boundary::Microvm
+        } else {
+            Boundary::Host
+        }
+    }
+
     /// What `hostname` prints in the pod.
     pub fn effective_hostname(&self) -> &str {
         if self.hostname.is_empty() { &self.name.name } else { &self.hostname }
     }
+}
+
+/// What separates a pod from the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boundary {
+    /// A virtual machine of its own.
+    Microvm,
+    /// The node's own kernel, with namespaces and cgroups.
+    Host,
+}
+
+impl fmt::Display for Boundary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Microvm => "microvm",
+            Self::Host => "host",
+        })
+    }
+}
+
+/// Namespaces of the node that a pod shares.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeNamespaces {
+    /// Network, and the host name with it.
+    pub network: bool,
+    /// Processes.
+    pub pid: bool,
+    /// System V IPC, POSIX message queues, /dev/shm.
+    pub ipc: bool,
 }
 
 /// The key that a sandbox holds from RunPodSandbox to RemovePodSandbox.
@@ -59,8 +100,8 @@ pub struct SandboxName {
     pub attempt: u32,
 }
 
-impl std::fmt::Display for SandboxName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for SandboxName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{} (uid {:?}, attempt {})", self.namespace, self.name, self.uid, self.attempt)
     }
 }

@@ -4,7 +4,7 @@ use super::{
     Deps, NewContainer, Sandbox, SandboxError, Sandboxes, View,
     fakes::{Census, FakeHost},
     record::{Record, SANDBOX},
-    spec::{HostLimits, SandboxName, SandboxSpec},
+    spec::{HostLimits, NodeNamespaces, SandboxName, SandboxSpec},
 };
 use crate::{
     container::{ContainerRecord, ContainerSpec, Phase, record},
@@ -33,6 +33,7 @@ pub(crate) fn spec(name: &str) -> SandboxSpec {
             attempt: 0,
         },
         runtime_handler: String::new(),
+        node_namespaces: NodeNamespaces::default(),
         hostname: String::new(),
         log_directory: "/var/log/pods/a".into(),
         dns: None,
