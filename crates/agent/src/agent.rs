@@ -26,6 +26,8 @@ use std::{
 pub struct Agent {
     /// Where things are.
     pub config: Config,
+    /// The node's mount namespace, where the agent is a process of the node.
+    pub node_mounts: Option<OwnedFd>,
     /// Makes processes.
     pub launcher: Launcher,
     /// Waits for them.
@@ -54,12 +56,17 @@ enum Slot {
 
 impl Agent {
     /// Makes the folders and starts the tasks that never end. Needs a runtime.
-    pub fn start(config: Config, launcher: OwnedFd) -> Result<Arc<Self>, Error> {
+    pub fn start(
+        config: Config,
+        launcher: OwnedFd,
+        node_mounts: Option<OwnedFd>,
+    ) -> Result<Arc<Self>, Error> {
         for folder in [config.layers(), config.staging(), config.scratch.clone()] {
             fs::create_dir_all(&folder).step(format_args!("make {}", folder.display()))?;
         }
         crate::cgroup::delegate(&config.cgroups)?;
         let agent = Arc::new(Self {
+            node_mounts,
             launcher: Launcher::new(launcher).step("launcher")?,
             reaper: Reaper::default(),
             watcher: Watcher::new().step("inotify")?,

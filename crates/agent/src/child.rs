@@ -84,7 +84,9 @@ fn work(
     match plan {
         Plan::Pause => pause(control),
         Plan::Container(plan) => {
-            let user = container(&plan)?;
+            let node_mounts = descriptors.node_mounts.take();
+            let user = container(&plan, node_mounts.as_ref().map(OwnedFd::as_fd))?;
+            drop(node_mounts);
             let master = process::take_stdio(stdio, &plan.process, &user)?;
             if master.is_some() {
                 process::bind_console()?;
@@ -109,7 +111,7 @@ fn read(memfd: OwnedFd) -> io::Result<Vec<u8>> {
 }
 
 /// Builds the container around this process.
-fn container(plan: &ContainerPlan) -> Result<User, Failure> {
+fn container(plan: &ContainerPlan, node_mounts: Option<BorrowedFd<'_>>) -> Result<User, Failure> {
     oom_score(plan.process.oom_score_adj)?;
     enter_cgroups(&plan.cgroup_doors)?;
     // Only now is the new cgroup this process's, and so the root of the namespace.
@@ -123,7 +125,7 @@ fn container(plan: &ContainerPlan) -> Result<User, Failure> {
     if plan.loopback {
         step(network::loopback_up(), "loopback")?;
     }
-    rootfs::enter(plan)?;
+    rootfs::enter(plan, node_mounts)?;
     for (name, value) in &plan.sysctls {
         crate::sandbox::set_sysctl(Path::new("/proc/sys"), name, value)
             .map_err(|e| invalid(e.to_string()))?;

@@ -251,6 +251,7 @@ async fn first_process(
         seccomp: duplicate(filter.as_ref())?,
         pid_namespace,
         cgroup: Some(cgroup),
+        node_mounts: duplicate_fd(agent.node_mounts.as_ref())?,
         ..Descriptors::default()
     };
     let plan = Plan::Container(Box::new(plan));
@@ -287,7 +288,11 @@ async fn first_process(
 
 /// A filter's program for one more child.
 pub fn duplicate(filter: Option<&Filter>) -> Result<Option<OwnedFd>, Error> {
-    filter.map(|filter| filter.program.try_clone()).transpose().step("seccomp filter")
+    duplicate_fd(filter.map(|filter| &*filter.program))
+}
+
+fn duplicate_fd(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Error> {
+    fd.map(OwnedFd::try_clone).transpose().step("a descriptor for the process")
 }
 
 /// Tells init's end, after everything else in the container has ended too.

@@ -39,9 +39,11 @@ pub struct Descriptors {
     pub pid_namespace: Option<OwnedFd>,
     /// Folder of the cgroup to start in.
     pub cgroup: Option<OwnedFd>,
+    /// The node's mount namespace.
+    pub node_mounts: Option<OwnedFd>,
 }
 
-const SLOTS: usize = 9;
+const SLOTS: usize = 10;
 
 impl Descriptors {
     fn slots(&mut self) -> [&mut Option<OwnedFd>; SLOTS] {
@@ -56,6 +58,7 @@ impl Descriptors {
             &mut self.target,
             &mut self.pid_namespace,
             &mut self.cgroup,
+            &mut self.node_mounts,
         ]
     }
 }

@@ -46,18 +46,20 @@ use a3s_box_sys::{clone3, inherit};
 use agent::Agent;
 use config::{Boundary, Config};
 use error::{Error, Step};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use std::{ffi::OsString, fs, os::unix::net::UnixStream, process::ExitCode, sync::Arc};
 
 const USAGE: &str = "\
 usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgroups DIR
                      [--cgroup-v1 CONTROLLER=DIR]... [--own ipc|uts]... [--netns FD]
+                     [--node-mounts FD]
        a3s-box-agent            (as PID 1 of a guest)
 
 --cgroups    folder of a cgroup v2 for the containers' cgroups
 --cgroup-v1  the same in the v1 hierarchy of a controller
 --own        a namespace that is made for the pod; it shares the others with the caller
---netns      the pod's network namespace, which is joined";
+--netns      the pod's network namespace, which is joined
+--node-mounts  the node's mount namespace, for volumes whose mounts go both ways";
 /// Of an agent beside the node's other processes: containers are killed for want of memory before it.
 const OOM_SCORE: &str = "-998";
 /// EX_USAGE.
@@ -92,16 +94,18 @@ fn main() -> ExitCode {
 struct Inherited {
     socket: i32,
     netns: Option<i32>,
+    mounts: Option<i32>,
 }
 
 fn parse(args: Vec<OsString>) -> Option<(Inherited, Config)> {
     let mut args = args.into_iter();
     let mut config = Config { boundary: Boundary::Host, namespaces: 0, ..Config::guest() };
-    let (mut socket, mut netns) = (None, None);
+    let (mut socket, mut netns, mut mounts) = (None, None, None);
     while let Some(name) = args.next() {
         let value = args.next()?;
         match name.to_str()? {
             "--socket" => socket = Some(value.to_str()?.parse().ok()?),
+            "--node-mounts" => mounts = Some(value.to_str()?.parse().ok()?),
             "--share" => config.share = value.into(),
             "--scratch" => config.scratch = value.into(),
             "--runtime" => config.runtime = value.into(),
@@ -124,7 +128,7 @@ fn parse(args: Vec<OsString>) -> Option<(Inherited, Config)> {
             _ => return None,
         }
     }
-    Some((Inherited { socket: socket?, netns }, config))
+    Some((Inherited { socket: socket?, netns, mounts }, config))
 }
 
 /// One thread for everything; a few more for what blocks.
@@ -148,7 +152,7 @@ fn guest() -> Result<(), Error> {
     let port =
         port.ok_or_else(|| Error::NotNow("the machine has no port named agent".to_owned()))?;
     runtime()?.block_on(async {
-        let agent = Agent::start(config, launcher)?;
+        let agent = Agent::start(config, launcher, None)?;
         let port = port::Port::new(port).step("agent port")?;
         log::info(format_args!("ready"));
         loop {
@@ -171,11 +175,14 @@ fn socket(inherited: &Inherited, config: Config) -> Result<(), Error> {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
         log::info(format_args!("oom_score_adj stays: {error}"));
     }
-    let (launcher, socket): (_, OwnedFd) = launcher::fork(socket).step("launcher")?;
+    let node_mounts = inherited.mounts.map(inherit::take).transpose();
+    let node_mounts = node_mounts.step("inherited mount namespace")?;
+    let (launcher, (socket, node_mounts)) =
+        launcher::fork((socket, node_mounts)).step("launcher")?;
     let socket = UnixStream::from(socket);
     socket.set_nonblocking(true).step("inherited socket")?;
     runtime()?.block_on(async {
-        let agent = Agent::start(config, launcher)?;
+        let agent = Agent::start(config, launcher, node_mounts)?;
         let socket = tokio::net::UnixStream::from_std(socket).step("inherited socket")?;
         if let Err(error) = serve::serve(&agent, socket).await {
             log::info(format_args!("connection: {error}"));

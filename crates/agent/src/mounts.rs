@@ -1,7 +1,7 @@
 //! The mounts of a container: those every container has, the pod's files, then the spec's own.
 
 use crate::{
-    config::Config,
+    config::{Boundary, Config},
     error::Error,
     plan::{Mount, MountKind, SerdeChange},
 };
@@ -20,7 +20,7 @@ pub fn read(
 ) -> Result<Vec<Mount>, Error> {
     let mut asked = Vec::with_capacity(spec.len());
     for mount in spec {
-        asked.push(read_one(mount)?);
+        asked.push(read_one(mount, config.boundary)?);
     }
     let mut all = Vec::new();
     for default in defaults(config, readonly_root) {
@@ -55,7 +55,7 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
     };
     let bind = |destination: &str, source: PathBuf, set: u64| Mount {
         destination: destination.into(),
-        kind: MountKind::Bind { source, recursive: false },
+        kind: MountKind::Bind { source, recursive: false, from_node: false },
         changes: vec![
             SerdeChange { set, ..SerdeChange::default() },
             SerdeChange { propagation: propagation::PRIVATE, ..SerdeChange::default() },
@@ -92,7 +92,7 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
     ]
 }
 
-fn read_one(mount: &oci::Mount) -> Result<Mount, Error> {
+fn read_one(mount: &oci::Mount, boundary: Boundary) -> Result<Mount, Error> {
     let destination = normal(mount.destination())?;
     let what = format!("mount {}", destination.display());
     if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
@@ -119,9 +119,12 @@ fn read_one(mount: &oci::Mount) -> Result<Mount, Error> {
         if options.propagation.is_none() {
             options.propagation = Some((propagation::PRIVATE, true));
         }
+        // In the pod's mount namespace everything of the node's is a slave.
+        let shared = options.propagation.is_some_and(|(kind, _)| kind == propagation::SHARED);
+        let from_node = shared && boundary == Boundary::Host;
         return Ok(Mount {
             destination,
-            kind: MountKind::Bind { source, recursive },
+            kind: MountKind::Bind { source, recursive, from_node },
             changes: options.changes(),
         });
     }
@@ -280,12 +283,34 @@ mod tests {
         let [hosts] = at(&mounts, "/etc/hosts")[..] else { panic!("two mounts at one place") };
         assert_eq!(
             hosts.kind,
-            MountKind::Bind { source: "/share/volumes/x/0".into(), recursive: true }
+            MountKind::Bind {
+                source: "/share/volumes/x/0".into(),
+                recursive: true,
+                from_node: false
+            }
         );
         let position =
             |place| mounts.iter().position(|mount| mount.destination == Path::new(place)).unwrap();
         assert!(position("/dev") < position("/dev/pts"));
         assert_eq!(at(&mounts, "/dev").len(), 1);
+    }
+
+    #[test]
+    fn a_shared_mount_is_taken_from_the_node_only_where_there_is_one() {
+        let mounts: Vec<oci::Mount> = serde_json::from_value(json!([
+            { "destination": "/v", "source": "/s", "options": ["rbind", "rshared"] },
+            { "destination": "/w", "source": "/s", "options": ["rbind", "rslave"] },
+        ]))
+        .unwrap();
+        let host = Config { boundary: Boundary::Host, ..Config::guest() };
+        for (config, expected) in [(host, [true, false]), (Config::guest(), [false, false])] {
+            let mounts = read(&mounts, &config, false).unwrap();
+            let from_node = ["/v", "/w"].map(|place| match at(&mounts, place)[0].kind {
+                MountKind::Bind { from_node, .. } => from_node,
+                MountKind::New { .. } => panic!("a bind"),
+            });
+            assert_eq!(from_node, expected);
+        }
     }
 
     #[test]

@@ -92,6 +92,8 @@ pub enum MountKind {
         source: PathBuf,
         /// With the mounts below it.
         recursive: bool,
+        /// Taken from the node's own mount namespace, so that it can be its source's peer.
+        from_node: bool,
     },
     /// A new file system.
     New {

@@ -8,9 +8,12 @@ use crate::{
     child::{invalid, step},
     plan::{ContainerPlan, Device, DeviceKind, Failure, Mount, MountKind},
 };
-use a3s_box_sys::mount_attr::{self, Change, flag, propagation};
+use a3s_box_sys::{
+    clone3::{self, namespace},
+    mount_attr::{self, Change, flag, propagation},
+};
 use rustix::{
-    fd::{AsFd, OwnedFd},
+    fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{AtFlags, CWD, FileType, Mode, OFlags, makedev},
     io::Errno,
     mount::{
@@ -28,10 +31,11 @@ use std::{
 };
 
 /// Makes the container's root this process's root, with all mounts and devices.
-pub fn enter(plan: &ContainerPlan) -> Result<(), Failure> {
+pub fn enter(plan: &ContainerPlan, node_mounts: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
     let mut trees = Vec::with_capacity(plan.mounts.len());
     for wanted in &plan.mounts {
-        trees.push(detached(wanted)?);
+        let from_node = matches!(wanted.kind, MountKind::Bind { from_node: true, .. });
+        trees.push(if from_node { of_node(wanted, node_mounts)? } else { detached(wanted)? });
     }
     let root = overlay(plan)?;
     // After the trees were taken, so that a shared volume is still its source's peer.
@@ -129,11 +133,24 @@ fn pivot(new_root: &Path) -> Result<(), Failure> {
     step(rustix::process::chdir("/"), "chdir /")
 }
 
+/// A mount that is nowhere yet, from the node's mount namespace.
+fn of_node(wanted: &Mount, node_mounts: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Failure> {
+    let what = format!("mount {}", wanted.destination.display());
+    let Some(node) = node_mounts else {
+        return Err(invalid(format!("{what}: the agent was given no mount namespace of the node")));
+    };
+    let own = step(fs::File::open("/proc/thread-self/ns/mnt"), "own mount namespace")?;
+    step(clone3::join(node, namespace::MOUNT), "enter the node's mount namespace")?;
+    let tree = detached(wanted);
+    step(clone3::join(own.as_fd(), namespace::MOUNT), "leave the node's mount namespace")?;
+    tree
+}
+
 /// A mount that is nowhere yet.
 fn detached(wanted: &Mount) -> Result<OwnedFd, Failure> {
     let what = format!("mount {}", wanted.destination.display());
     let tree = match &wanted.kind {
-        MountKind::Bind { source, recursive } => {
+        MountKind::Bind { source, recursive, .. } => {
             let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
                 | OpenTreeFlags::OPEN_TREE_CLOEXEC
                 | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;

@@ -5,15 +5,18 @@
 mod common;
 
 use a3s_box_api::agent::v1 as api;
-use common::{Sandbox, code, id, program, shell, within};
+use a3s_box_sys::{clone3, namespace};
+use common::{Sandbox, code, id, program, read_io_until, shell, within};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use serde_json::json;
 use std::{
     fs,
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
 };
 use tonic::Code;
 
-fn namespace(kind: &str) -> String {
+fn own_namespace(kind: &str) -> String {
     fs::read_link(format!("/proc/self/ns/{kind}")).unwrap().display().to_string()
 }
 
@@ -21,7 +24,8 @@ fn namespace(kind: &str) -> String {
 async fn a_pod_may_share_the_nodes_namespaces() {
     let mut sandbox = Sandbox::with(&[]).await.configured().await;
     let list = "for n in pid ipc uts net; do readlink /proc/self/ns/$n; done";
-    let nodes: String = ["pid", "ipc", "uts", "net"].map(|kind| namespace(kind) + "\n").concat();
+    let nodes: String =
+        ["pid", "ipc", "uts", "net"].map(|kind| own_namespace(kind) + "\n").concat();
     let said = sandbox.run(shell(1, list).pid(api::PidMode::Node, 0)).await;
     assert_eq!(said.stdout, nodes, "{}", said.stderr);
 
@@ -66,6 +70,58 @@ async fn what_a_pod_shares_with_the_node_it_cannot_set() {
     let said = sandbox.run(shell(1, "hostname; cat /proc/sys/kernel/shm_rmid_forced")).await;
     let hostname = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     assert_eq!(said.stdout, hostname + "1\n");
+    sandbox.end().await;
+}
+
+/// What `work` says on a thread of its own, in a copy of this mount namespace.
+fn in_own_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            namespace::unshare_mount().unwrap();
+            work()
+        });
+        thread.join().unwrap()
+    })
+}
+
+#[tokio::test]
+async fn mounts_made_in_a_shared_volume_reach_the_node_and_the_nodes_reach_it() {
+    let node = in_own_mounts(|| {
+        for change in [MountPropagationFlags::PRIVATE, MountPropagationFlags::SHARED] {
+            mount_change("/", change | MountPropagationFlags::REC).unwrap();
+        }
+        fs::File::open("/proc/thread-self/ns/mnt").unwrap()
+    });
+    let inherited = node.try_clone().unwrap();
+    rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty()).unwrap();
+    let number = inherited.as_raw_fd().to_string();
+    let mut sandbox =
+        Sandbox::with(&["--own", "ipc", "--node-mounts", &number]).await.configured().await;
+    let volume = sandbox.volume("both-ways");
+    for folder in ["ours", "theirs"] {
+        fs::create_dir(volume.join(folder)).unwrap();
+    }
+    let script = "mount -t tmpfs mine /v/ours; echo made; while ! grep -q ' /v/theirs ' /proc/mounts; do sleep 0.01; done; echo seen";
+    let everything = json!({ "bounding": ["CAP_SYS_ADMIN"], "effective": ["CAP_SYS_ADMIN"], "permitted": ["CAP_SYS_ADMIN"] });
+    let wanted = shell(1, script)
+        .bind(&volume, "/v", &["rbind", "rshared"])
+        .with("/process/capabilities", everything);
+    sandbox.create(wanted).await.unwrap();
+    let (_input, mut outputs) = sandbox.io(1).await;
+    sandbox.start(1).await.unwrap();
+    read_io_until(&mut outputs, "made").await;
+    let (ours, theirs) = (volume.join("ours"), volume.join("theirs"));
+    let mounts = in_own_mounts(|| {
+        clone3::join(node.as_fd(), clone3::namespace::MOUNT).unwrap();
+        mount("tmpfs", &theirs, "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::read_to_string("/proc/thread-self/mountinfo").unwrap()
+    });
+    assert!(mounts.contains(ours.to_str().unwrap()), "{mounts}");
+    read_io_until(&mut outputs, "seen").await;
+    assert_eq!(sandbox.exit_of(1).await.code, 0);
+    let own = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!own.contains(ours.to_str().unwrap()), "{own}");
+    drop((outputs, node, inherited));
     sandbox.end().await;
 }
 

@@ -1,6 +1,9 @@
 //! CRI's capability names to the sets of a process.
 
-use crate::{container::spec::Security, sandbox::SandboxError};
+use crate::{
+    container::spec::Security,
+    sandbox::{SandboxError, spec::Boundary},
+};
 use oci_spec::runtime::{Capability, LinuxCapabilities};
 use std::{collections::HashSet, str::FromStr};
 
@@ -22,57 +25,64 @@ const DEFAULT: [Capability; 14] = [
     Capability::SysChroot,
 ];
 
-/// Every capability of the guest's kernel.
+/// Every capability, in the kernel's order: the index is the number.
 const ALL: [Capability; 41] = [
-    Capability::AuditControl,
-    Capability::AuditRead,
-    Capability::AuditWrite,
-    Capability::BlockSuspend,
-    Capability::Bpf,
-    Capability::CheckpointRestore,
     Capability::Chown,
     Capability::DacOverride,
     Capability::DacReadSearch,
     Capability::Fowner,
     Capability::Fsetid,
-    Capability::IpcLock,
-    Capability::IpcOwner,
     Capability::Kill,
-    Capability::Lease,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setpcap,
     Capability::LinuxImmutable,
-    Capability::MacAdmin,
-    Capability::MacOverride,
-    Capability::Mknod,
-    Capability::NetAdmin,
     Capability::NetBindService,
     Capability::NetBroadcast,
+    Capability::NetAdmin,
     Capability::NetRaw,
-    Capability::Perfmon,
-    Capability::Setfcap,
-    Capability::Setgid,
-    Capability::Setpcap,
-    Capability::Setuid,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::SysModule,
+    Capability::SysRawio,
+    Capability::SysChroot,
+    Capability::SysPtrace,
+    Capability::SysPacct,
     Capability::SysAdmin,
     Capability::SysBoot,
-    Capability::SysChroot,
-    Capability::SysModule,
     Capability::SysNice,
-    Capability::SysPacct,
-    Capability::SysPtrace,
-    Capability::SysRawio,
     Capability::SysResource,
     Capability::SysTime,
     Capability::SysTtyConfig,
+    Capability::Mknod,
+    Capability::Lease,
+    Capability::AuditWrite,
+    Capability::AuditControl,
+    Capability::Setfcap,
+    Capability::MacOverride,
+    Capability::MacAdmin,
     Capability::Syslog,
     Capability::WakeAlarm,
+    Capability::BlockSuspend,
+    Capability::AuditRead,
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
 ];
 
 /// The process's sets. `ALL` is applied before single names, so `add: [X], drop: [ALL]` is X alone.
-pub fn capabilities(security: &Security) -> Result<LinuxCapabilities, SandboxError> {
+pub fn capabilities(
+    security: &Security,
+    boundary: Boundary,
+) -> Result<LinuxCapabilities, SandboxError> {
+    let all = match boundary {
+        Boundary::Microvm => ALL.into(),
+        Boundary::Host => own()?,
+    };
     let mut sets = LinuxCapabilities::default();
     let ambient = parse("add_ambient_capabilities", &security.add_ambient_capabilities)?;
     let mut set: HashSet<Capability> =
-        if security.privileged { ALL.into() } else { chosen(security)? };
+        if security.privileged { all } else { chosen(security, &all)? };
     set.extend(&ambient);
     sets.set_bounding(Some(set.clone()))
         .set_permitted(Some(set.clone()))
@@ -83,11 +93,22 @@ pub fn capabilities(security: &Security) -> Result<LinuxCapabilities, SandboxErr
     Ok(sets)
 }
 
-fn chosen(security: &Security) -> Result<HashSet<Capability>, SandboxError> {
+/// What this server has: on the node's own kernel nobody gets more.
+fn own() -> Result<HashSet<Capability>, SandboxError> {
+    let sets = rustix::thread::capabilities(None)
+        .map_err(|error| SandboxError::step("read the server's capabilities", error))?;
+    let has = |number: &usize| sets.permitted.bits() & 1 << number != 0;
+    Ok(ALL.iter().enumerate().filter(|(number, _)| has(number)).map(|(_, one)| *one).collect())
+}
+
+fn chosen(
+    security: &Security,
+    every: &HashSet<Capability>,
+) -> Result<HashSet<Capability>, SandboxError> {
     let all = |list: &[String]| list.iter().any(|name| name.eq_ignore_ascii_case("ALL"));
     let mut set: HashSet<Capability> = DEFAULT.into();
     if all(&security.add_capabilities) {
-        set = ALL.into();
+        set.clone_from(every);
     }
     if all(&security.drop_capabilities) {
         set.clear();
@@ -127,7 +148,7 @@ mod tests {
             privileged,
             ..Security::default()
         };
-        capabilities(&security).unwrap().effective().clone().unwrap()
+        capabilities(&security, Boundary::Microvm).unwrap().effective().clone().unwrap()
     }
 
     #[test]
@@ -147,10 +168,22 @@ mod tests {
     }
 
     #[test]
+    fn on_the_nodes_kernel_all_are_those_this_server_has() {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).unwrap();
+        let own = u64::from_str_radix(line.trim(), 16).unwrap();
+        let security = Security { privileged: true, ..Security::default() };
+        let sets = capabilities(&security, Boundary::Host).unwrap();
+        let bit = |one: &Capability| 1 << ALL.iter().position(|other| other == one).unwrap();
+        let effective = sets.effective().clone().unwrap();
+        assert_eq!(effective.iter().map(bit).sum::<u64>(), own & ((1 << ALL.len()) - 1));
+    }
+
+    #[test]
     fn ambient_ones_are_in_every_set_and_others_are_not_inheritable() {
         let security =
             Security { add_ambient_capabilities: vec!["NET_ADMIN".into()], ..Security::default() };
-        let sets = capabilities(&security).unwrap();
+        let sets = capabilities(&security, Boundary::Microvm).unwrap();
         assert_eq!(sets.ambient(), &Some([NetAdmin].into()));
         assert_eq!(sets.inheritable(), &Some([NetAdmin].into()));
         assert!(sets.effective().as_ref().unwrap().is_superset(&[NetAdmin, Chown].into()));
@@ -159,7 +192,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_its_field() {
         let security = Security { drop_capabilities: vec!["FLY".into()], ..Security::default() };
-        let error = capabilities(&security).unwrap_err().to_string();
+        let error = capabilities(&security, Boundary::Microvm).unwrap_err().to_string();
         assert!(error.contains("drop_capabilities") && error.contains("FLY"), "{error}");
     }
 }

@@ -1,7 +1,10 @@
 //! CreateContainer: spec, image and sandbox become one order to the shim.
 
 use crate::{
-    container::{ContainerRecord, ContainerSpec, Phase, spec::Pid},
+    container::{
+        ContainerRecord, ContainerSpec, Phase,
+        spec::{Pid, Propagation},
+    },
     container_spec::container_spec,
     node::{ContainerImage, Node},
     oci_spec::oci_spec,
@@ -168,12 +171,36 @@ fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError
             fs::create_dir_all(path).map_err(failed)?;
         }
         let real = fs::canonicalize(path).map_err(failed)?;
+        if mount.propagation == Propagation::Bidirectional {
+            shared_mount(&real).map_err(failed)?;
+        }
         mount.host_path = real
             .into_os_string()
             .into_string()
             .map_err(|path| failed(io::Error::other(format!("{} is not UTF-8", path.display()))))?;
     }
     Ok(spec)
+}
+
+/// Refuses a path on a mount without peers: what is mounted below it in a container stays there.
+fn shared_mount(path: &Path) -> io::Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let fields = |line: &str| -> Option<(String, bool)> {
+        let (mount, _) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(4);
+        let point = fields.next()?.replace("\\040", " ");
+        Some((point, fields.skip(1).any(|field| field.starts_with("shared:"))))
+    };
+    let on = mounts.lines().filter_map(fields).filter(|(point, _)| path.starts_with(point));
+    // Of several at one place the last one is on top.
+    match on.max_by_key(|(point, _)| Path::new(point).components().count()) {
+        Some((_, true)) => Ok(()),
+        Some((point, false)) => Err(io::Error::other(format!(
+            "its mount {point} is not shared, so mounts made in the container would not reach the \
+             host: mount --make-rshared {point}"
+        ))),
+        None => Err(io::ErrorKind::NotFound.into()),
+    }
 }
 
 /// The absolute log path; its folder is made, because only kubelet makes it otherwise.

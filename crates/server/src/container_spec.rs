@@ -2,7 +2,9 @@
 //! that a container cannot have.
 
 use crate::{
-    container::spec::{ContainerSpec, ImageName, MountSpec, Pid, Propagation, Resources, Security},
+    container::spec::{
+        ContainerSpec, DeviceSpec, ImageName, MountSpec, Pid, Propagation, Resources, Security,
+    },
     sandbox::{
         SandboxError,
         spec::{Boundary, NodeNamespaces, SandboxSpec},
@@ -32,7 +34,16 @@ pub fn container_spec(
         args: texts("args", &config.args)?,
         working_dir: working_dir(&config.working_dir)?,
         env: env(&config.envs)?,
-        mounts: config.mounts.iter().map(mount).collect::<Result<_, _>>()?,
+        mounts: config
+            .mounts
+            .iter()
+            .map(|one| mount(one, sandbox.boundary()))
+            .collect::<Result<_, _>>()?,
+        devices: config
+            .devices
+            .iter()
+            .map(|one| device(one, sandbox.boundary()))
+            .collect::<Result<_, _>>()?,
         labels: config.labels.clone().into_iter().collect(),
         annotations: config.annotations.clone().into_iter().collect(),
         log_path: log_path(&config.log_path)?,
@@ -49,13 +60,9 @@ fn refuse_what_is_not_there(config: &cri::ContainerConfig) -> Result<(), Sandbox
     if config.windows.is_some() {
         return Err(SandboxError::unsupported("windows", "this node runs Linux pods"));
     }
-    if let Some(device) = config.devices.first() {
-        let field = format!("devices[{}]", device.container_path);
-        return Err(SandboxError::unsupported(field, "host devices do not reach into a guest yet"));
-    }
     if let Some(device) = config.cdi_devices.first() {
         let field = format!("CDI_devices[{}]", device.name);
-        return Err(SandboxError::unsupported(field, "host devices do not reach into a guest yet"));
+        return Err(SandboxError::unsupported(field, "CDI devices are not there yet"));
     }
     Ok(())
 }
@@ -110,7 +117,31 @@ fn log_path(path: &str) -> Result<String, SandboxError> {
     Ok(path.to_owned())
 }
 
-fn mount(mount: &cri::Mount) -> Result<MountSpec, SandboxError> {
+fn device(device: &cri::Device, boundary: Boundary) -> Result<DeviceSpec, SandboxError> {
+    let field = format!("devices[{}]", device.container_path);
+    if boundary == Boundary::Microvm {
+        return Err(SandboxError::unsupported(field, "host devices do not reach into a guest yet"));
+    }
+    let (host_path, container_path) = (&device.host_path, &device.container_path);
+    for (name, path) in [("host_path", host_path), ("container_path", container_path)] {
+        if !path.starts_with('/') || path.contains('\0') {
+            let field = format!("{field}.{name}");
+            return Err(SandboxError::invalid(field, format!("{path:?} is not an absolute path")));
+        }
+    }
+    let permissions = &device.permissions;
+    if permissions.is_empty() || permissions.contains(|letter| !"rwm".contains(letter)) {
+        let why = format!("{permissions:?} is not made of r, w and m");
+        return Err(SandboxError::invalid(format!("{field}.permissions"), why));
+    }
+    Ok(DeviceSpec {
+        host_path: host_path.clone(),
+        container_path: container_path.clone(),
+        permissions: permissions.clone(),
+    })
+}
+
+fn mount(mount: &cri::Mount, boundary: Boundary) -> Result<MountSpec, SandboxError> {
     let at = |field: &str| format!("mounts[{}].{field}", mount.container_path);
     if !mount.container_path.starts_with('/') || mount.container_path.contains('\0') {
         return Err(SandboxError::invalid(at("container_path"), "is not an absolute path"));
@@ -127,7 +158,7 @@ fn mount(mount: &cri::Mount) -> Result<MountSpec, SandboxError> {
     }
     security::no_id_mappings(&at("uidMappings"), &mount.uid_mappings)?;
     security::no_id_mappings(&at("gidMappings"), &mount.gid_mappings)?;
-    let propagation = propagation(mount, &at("propagation"))?;
+    let propagation = propagation(mount, boundary, &at("propagation"))?;
     if mount.recursive_read_only {
         let bad = |why| Err(SandboxError::invalid(at("recursive_read_only"), why));
         if !mount.readonly {
@@ -148,10 +179,17 @@ fn mount(mount: &cri::Mount) -> Result<MountSpec, SandboxError> {
     })
 }
 
-fn propagation(mount: &cri::Mount, field: &str) -> Result<Propagation, SandboxError> {
+fn propagation(
+    mount: &cri::Mount,
+    boundary: Boundary,
+    field: &str,
+) -> Result<Propagation, SandboxError> {
     match mount.propagation() {
         cri::MountPropagation::PropagationPrivate => Ok(Propagation::Private),
         cri::MountPropagation::PropagationHostToContainer => Ok(Propagation::HostToContainer),
+        cri::MountPropagation::PropagationBidirectional if boundary == Boundary::Host => {
+            Ok(Propagation::Bidirectional)
+        }
         cri::MountPropagation::PropagationBidirectional => Err(SandboxError::unsupported(
             format!("{field} = PROPAGATION_BIDIRECTIONAL"),
             "mounts made in a guest do not reach the host yet",
@@ -290,14 +328,25 @@ mod tests {
     use crate::sandbox::tests::spec as sandbox;
 
     #[test]
-    fn a_pods_pid_namespace_may_be_the_nodes() {
+    fn a_pod_on_the_nodes_kernel_may_have_more() {
         let mut sandbox = sandbox("a");
         sandbox.node_namespaces.pid = true;
         for (mode, expected) in [(0, Pid::Node), (1, Pid::Container), (2, Pid::Node)] {
             let mut config = config();
             security(&mut config).namespace_options.as_mut().unwrap().pid = mode;
             resources(&mut config).cpuset_cpus = "0-1".into();
+            config.mounts[0].propagation = 2;
+            config.devices = vec![cri::Device {
+                container_path: "/dev/x".into(),
+                host_path: "/dev/null".into(),
+                permissions: "r".into(),
+            }];
             let spec = container_spec(&config, &sandbox).unwrap();
+            assert_eq!(spec.mounts[0].propagation, Propagation::Bidirectional);
+            assert_eq!(spec.devices[0].permissions, "r");
+            config.devices[0].permissions = "x".into();
+            let error = container_spec(&config, &sandbox).unwrap_err().to_string();
+            assert!(error.contains("devices[/dev/x].permissions"), "{error}");
             assert_eq!(spec.security.pid, expected);
             assert_eq!(spec.resources.cpuset_cpus, "0-1");
         }

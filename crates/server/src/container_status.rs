@@ -97,6 +97,7 @@ fn mount(mount: &MountSpec) -> cri::Mount {
     let propagation = match mount.propagation {
         Propagation::Private => cri::MountPropagation::PropagationPrivate,
         Propagation::HostToContainer => cri::MountPropagation::PropagationHostToContainer,
+        Propagation::Bidirectional => cri::MountPropagation::PropagationBidirectional,
     };
     cri::Mount {
         container_path: mount.container_path.clone(),

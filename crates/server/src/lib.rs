@@ -19,6 +19,7 @@ pub mod container_status;
 pub mod container_stop;
 pub mod exec_sync;
 pub mod failpoint;
+pub mod host_devices;
 pub mod image_fs_info;
 pub mod image_list;
 pub mod image_pull;

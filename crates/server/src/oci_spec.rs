@@ -1,20 +1,24 @@
 //! A container's OCI runtime spec, from its [`ContainerSpec`], its sandbox and its image.
 //!
-//! Pure but for reading a Localhost seccomp profile. The agent fills in what only the guest knows:
+//! Pure but for reading a Localhost seccomp profile and the node's devices. The agent fills in what only the guest knows:
 //! the root's path, the user's ids, /dev/shm, and the pod's hosts, hostname and resolv.conf where
 //! nothing is mounted over them.
 
 use crate::{
     capabilities::capabilities,
     container::spec::{ContainerSpec, MountSpec, Pid, Propagation, Resources},
-    sandbox::{SandboxError, spec::SandboxSpec},
+    host_devices,
+    sandbox::{
+        SandboxError,
+        spec::{Boundary, SandboxSpec},
+    },
     seccomp,
 };
 use oci_spec::{
     image::{Config, ImageConfiguration},
     runtime::{
-        Linux, LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxMemory, LinuxNamespace,
-        LinuxNamespaceType, LinuxResources, Mount, Process, Root, Spec,
+        Linux, LinuxCpu, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxMemory,
+        LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root, Spec,
     },
 };
 
@@ -36,7 +40,7 @@ pub fn oci_spec(
         .set_process(Some(process(container, sandbox, &config)?))
         .set_hostname(None)
         .set_mounts(Some(mounts(container)))
-        .set_linux(Some(linux(container)?));
+        .set_linux(Some(linux(container, sandbox.boundary())?));
     Ok(spec)
 }
 
@@ -56,7 +60,7 @@ fn process(
         .set_args(Some(args(container, config)?))
         .set_env(Some(env(container, sandbox, config)))
         .set_cwd(cwd.into())
-        .set_capabilities(Some(capabilities(&container.security)?))
+        .set_capabilities(Some(capabilities(&container.security, sandbox.boundary())?))
         .set_rlimits(None)
         .set_no_new_privileges(Some(container.security.no_new_privileges))
         .set_oom_score_adj(Some(container.resources.oom_score_adj as i32));
@@ -129,6 +133,7 @@ fn bind(spec: &MountSpec) -> Mount {
     let propagation = match spec.propagation {
         Propagation::Private => "rprivate",
         Propagation::HostToContainer => "rslave",
+        Propagation::Bidirectional => "rshared",
     };
     mount(&spec.container_path, "bind", &spec.host_path, &["rbind", propagation, access])
 }
@@ -165,20 +170,22 @@ fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Mount
     mount
 }
 
-fn linux(container: &ContainerSpec) -> Result<Linux, SandboxError> {
+fn linux(container: &ContainerSpec, boundary: Boundary) -> Result<Linux, SandboxError> {
     let security = &container.security;
     let paths = |list: &[String]| (!security.privileged).then(|| list.to_vec());
     let seccomp = if security.privileged {
         None
     } else {
-        let effective = capabilities(security)?.effective().clone().unwrap_or_default();
+        let effective = capabilities(security, boundary)?.effective().clone().unwrap_or_default();
         seccomp::profile(&security.seccomp, &effective)?
     };
+    let (devices, rules) = devices(container, boundary)?;
     let slave = container.mounts.iter().any(|m| m.propagation == Propagation::HostToContainer);
     let mut linux = Linux::default();
     linux
         .set_namespaces(Some(namespaces(&security.pid)))
-        .set_resources(Some(resources(&container.resources, security.privileged)))
+        .set_devices(Some(devices))
+        .set_resources(Some(resources(&container.resources, rules)))
         .set_rootfs_propagation(slave.then(|| "rslave".to_owned()))
         .set_masked_paths(paths(&security.masked_paths))
         .set_readonly_paths(paths(&security.readonly_paths))
@@ -201,7 +208,31 @@ fn namespaces(pid: &Pid) -> Vec<LinuxNamespace> {
     kinds.into_iter().map(namespace).collect()
 }
 
-fn resources(given: &Resources, privileged: bool) -> LinuxResources {
+/// Device nodes and who may use which. A privileged container on the node's own kernel has all of the
+/// node's.
+fn devices(
+    container: &ContainerSpec,
+    boundary: Boundary,
+) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), SandboxError> {
+    let privileged = container.security.privileged;
+    let mut rules = device_rules(privileged);
+    let mut devices = Vec::new();
+    for asked in &container.devices {
+        let found = host_devices::asked_for(asked)?;
+        let rule = |device: &LinuxDevice| {
+            let (kind, major, minor) = (device.typ(), device.major(), device.minor());
+            device_rule(true, Some(kind), Some(major), Some(minor), &asked.permissions)
+        };
+        rules.extend(found.iter().map(rule));
+        devices.extend(found);
+    }
+    if privileged && boundary == Boundary::Host {
+        devices.extend(host_devices::all()?);
+    }
+    Ok((devices, rules))
+}
+
+fn resources(given: &Resources, devices: Vec<LinuxDeviceCgroup>) -> LinuxResources {
     let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
     let mut cpu = LinuxCpu::default();
     cpu.set_shares(positive(given.cpu_shares))
@@ -212,10 +243,7 @@ fn resources(given: &Resources, privileged: bool) -> LinuxResources {
     let mut memory = LinuxMemory::default();
     memory.set_limit((given.memory_limit > 0).then_some(given.memory_limit));
     let mut resources = LinuxResources::default();
-    resources
-        .set_cpu(Some(cpu))
-        .set_memory(Some(memory))
-        .set_devices(Some(device_rules(privileged)));
+    resources.set_cpu(Some(cpu)).set_memory(Some(memory)).set_devices(Some(devices));
     if !given.unified.is_empty() {
         resources.set_unified(Some(given.unified.clone().into_iter().collect()));
     }
@@ -227,7 +255,7 @@ fn some_text(text: &str) -> Option<String> {
 }
 
 /// Making nodes is allowed, using them only for the harmless ones; a privileged container may use
-/// every device of its guest.
+/// every device of its guest, or of the node where it runs on its kernel.
 fn device_rules(privileged: bool) -> Vec<LinuxDeviceCgroup> {
     use LinuxDeviceType::{B, C};
     if privileged {
@@ -268,7 +296,11 @@ mod tests {
     #![allow(clippy::needless_pass_by_value, reason = "literals read better by value")]
 
     use super::*;
-    use crate::{container::spec::Security, sandbox::tests::spec as sandbox, security::Seccomp};
+    use crate::{
+        container::spec::{DeviceSpec, Security},
+        sandbox::tests::spec as sandbox,
+        security::Seccomp,
+    };
 
     fn image(json: &serde_json::Value) -> ImageConfiguration {
         let whole = serde_json::json!({
@@ -406,6 +438,28 @@ mod tests {
         assert!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
         let sys = &spec.mounts().as_ref().unwrap()[4];
         assert!(sys.options().as_ref().unwrap().contains(&"rw".to_owned()));
+    }
+
+    #[test]
+    fn devices_of_the_node_are_nodes_with_rules_and_all_of_them_when_privileged() {
+        let mut container = command(&["sh"]);
+        container.devices = vec![DeviceSpec {
+            host_path: "/dev/null".into(),
+            container_path: "/dev/nothing".into(),
+            permissions: "r".into(),
+        }];
+        let mut sandbox = sandbox("a");
+        sandbox.node_namespaces.ipc = true;
+        let linux = |container: &ContainerSpec| {
+            let spec = oci_spec(container, &sandbox, &image(&serde_json::json!({})));
+            spec.unwrap().linux().clone().unwrap()
+        };
+        let plain = linux(&container);
+        assert_eq!(plain.devices().as_ref().unwrap().len(), 1);
+        let rules = plain.resources().as_ref().unwrap().devices().clone().unwrap();
+        assert_eq!(rules.last().unwrap().access().as_deref(), Some("r"));
+        container.security.privileged = true;
+        assert!(linux(&container).devices().as_ref().unwrap().len() > 2);
     }
 
     #[test]

@@ -36,6 +36,7 @@ const POLL: Duration = Duration::from_millis(5);
 /// Descriptors that the agent inherits.
 const SOCKET: i32 = 3;
 const NETNS: i32 = 4;
+const MOUNTS: i32 = 5;
 
 /// What the agent is started with.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ pub struct Parts {
     pub cgroup: Cgroup,
     /// The pod's network namespace, if it has one of its own.
     pub netns: Option<OwnedFd>,
+    /// The node's mount namespace.
+    pub mounts: OwnedFd,
 }
 
 /// The pod's cgroup; moves the shim in it to where supervisors are.
@@ -58,13 +61,14 @@ pub fn cgroup(name: &CgroupName) -> anyhow::Result<Cgroup> {
 
 /// From start to end; why it ended.
 pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
-    let Parts { config, cgroup, netns } = parts;
+    let Parts { config, cgroup, netns, mounts } = parts;
     let (ours, theirs) = UnixStream::pair().context("make the agent's socket")?;
     ours.set_nonblocking(true).context("make the agent's socket")?;
     let connection = ours.try_clone().context("make the agent's socket")?;
     fs::create_dir_all(&config.scratch)
         .with_context(|| format!("make {}", config.scratch.display()))?;
-    let spawn = spawn(&config, &cgroup, &owner.folder, theirs, netns)?;
+    let mut spawn = spawn(&config, &cgroup, &owner.folder, theirs, netns)?;
+    spawn.arg("--node-mounts").arg(MOUNTS.to_string()).fd(mounts, MOUNTS);
     let what = || format!("start the agent {}", config.agent.display());
     let mut agent = WatchedChild::start(spawn).with_context(what)?;
     owner.reached("agent_spawned");

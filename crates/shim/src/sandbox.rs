@@ -79,8 +79,10 @@ fn parts(folder: &Path, config: &ShimConfig) -> anyhow::Result<(Parts, PodShare)
             let netns = config.own_network.then(|| inherit::take(fd::NETNS)).transpose();
             let netns = netns.context("the pod's network namespace")?;
             let cgroup = host::cgroup(&config.cgroup)?;
+            let mounts = File::open("/proc/self/ns/mnt").context("the node's mount namespace")?;
             own_mounts()?;
-            let parts = host::Parts { config: config.clone(), cgroup, netns };
+            let config = config.clone();
+            let parts = host::Parts { config, cgroup, netns, mounts: mounts.into() };
             Ok((Parts::Host(parts), PodShare::Host))
         }
     }

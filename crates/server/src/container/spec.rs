@@ -24,6 +24,9 @@ pub struct ContainerSpec {
     pub env: Vec<(String, String)>,
     /// In the caller's order.
     pub mounts: Vec<MountSpec>,
+    /// Of the node; only on its own kernel.
+    #[serde(default)]
+    pub devices: Vec<DeviceSpec>,
     /// Selected on by lists.
     pub labels: BTreeMap<String, String>,
     /// Echoed.
@@ -81,6 +84,19 @@ pub enum Propagation {
     Private,
     /// The host's in the container.
     HostToContainer,
+    /// The host's in the container, and the container's on the host; only on the node's own kernel.
+    Bidirectional,
+}
+
+/// A device node of the node, or a folder of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceSpec {
+    /// Absolute, on the host.
+    pub host_path: String,
+    /// Absolute, inside.
+    pub container_path: String,
+    /// Of `r`, `w` and `m`.
+    pub permissions: String,
 }
 
 /// Limits, as the CRI counts them; 0 and empty: not given.
