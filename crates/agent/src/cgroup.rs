@@ -63,14 +63,20 @@ impl Cgroup {
 
     /// Puts limits and device rules in force.
     pub fn limit(&self, limits: &Limits, rules: &[Rule]) -> Result<(), Error> {
+        self.update(limits)?;
+        let folder = self.open()?;
+        device_filter::attach(folder.as_fd(), rules).step("device rules")
+    }
+
+    /// Puts limits in force, in their order; those that are not among them stay.
+    pub fn update(&self, limits: &Limits) -> Result<(), Error> {
         for limit in &limits.0 {
             match self.v1(limit.controller()) {
                 Some(folder) => limit_v1(folder, limit)?,
                 None => put(&self.folder, &limit.file, &limit.value, limit)?,
             }
         }
-        let folder = self.open()?;
-        device_filter::attach(folder.as_fd(), rules).step("device rules")
+        Ok(())
     }
 
     /// Its folder in the v1 hierarchy of that controller; `None` where the controller is v2's.

@@ -14,6 +14,7 @@ use crate::{
     config::Boundary,
     error::{Error, Step},
     launcher::Descriptors,
+    limits,
     plan::{ContainerPlan, Plan, Process, User, WantedUser},
     reaper::{Ended, now},
     seccomp_filter::Filter,
@@ -24,6 +25,7 @@ use crate::{
 use a3s_box_api::agent::v1 as api;
 use a3s_box_sys::{clone3::namespace, signal};
 use a3s_box_types::ContainerId;
+use oci_spec::runtime::LinuxResources;
 use rustix::{
     fd::{AsFd, OwnedFd},
     process::{Pid, Signal},
@@ -376,6 +378,19 @@ pub async fn start(agent: &Agent, id: &str) -> Result<api::StartContainerRespons
         created
     });
     Ok(api::StartContainerResponse { started_at })
+}
+
+/// Puts other limits in force.
+pub async fn update(
+    agent: &Agent,
+    request: api::UpdateContainerRequest,
+) -> Result<api::UpdateContainerResponse, Error> {
+    let container = agent.container(&request.container_id)?;
+    let resources: LinuxResources = serde_json::from_slice(&request.resources)
+        .map_err(|error| Error::invalid(format!("resources: {error}")))?;
+    let limits = limits::read(Some(&resources))?;
+    blocking(move || container.cgroup.update(&limits)).await?;
+    Ok(api::UpdateContainerResponse {})
 }
 
 /// Signals init, or everything in the container.

@@ -117,6 +117,14 @@ impl agent_server::Agent for Service {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
+    async fn update_container(
+        &self,
+        request: Request<api::UpdateContainerRequest>,
+    ) -> Result<Response<api::UpdateContainerResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move { container::update(&agent, request.into_inner()).await }).await
+    }
+
     async fn stats(
         &self,
         request: Request<api::StatsRequest>,

@@ -197,7 +197,8 @@ fn propagation(
     }
 }
 
-fn resources(
+/// CRI's limits, checked.
+pub fn resources(
     resources: &cri::LinuxContainerResources,
     boundary: Boundary,
 ) -> Result<Resources, SandboxError> {

@@ -17,6 +17,7 @@ pub mod container_start;
 pub mod container_stats;
 pub mod container_status;
 pub mod container_stop;
+pub mod container_update;
 pub mod exec_sync;
 pub mod failpoint;
 pub mod host_devices;

@@ -232,7 +232,8 @@ fn devices(
     Ok((devices, rules))
 }
 
-fn resources(given: &Resources, devices: Vec<LinuxDeviceCgroup>) -> LinuxResources {
+/// The limits as OCI has them.
+pub fn resources(given: &Resources, devices: Vec<LinuxDeviceCgroup>) -> LinuxResources {
     let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
     let mut cpu = LinuxCpu::default();
     cpu.set_shares(positive(given.cpu_shares))

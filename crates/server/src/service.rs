@@ -5,9 +5,9 @@
 
 use crate::{
     Server, container_create, container_events, container_list, container_log, container_start,
-    container_stats, container_status, container_stop, exec_sync, image_fs_info, image_list,
-    image_pull, image_remove, image_status, node_status, runtime_config, sandbox_list, sandbox_run,
-    sandbox_stats, sandbox_status, sandbox_stop,
+    container_stats, container_status, container_stop, container_update, exec_sync, image_fs_info,
+    image_list, image_pull, image_remove, image_status, node_status, runtime_config, sandbox_list,
+    sandbox_run, sandbox_stats, sandbox_status, sandbox_stop,
     status::{Failure, NodeError, status},
     stream_lists::in_batches,
     streaming, version,
@@ -271,9 +271,14 @@ impl RuntimeService for Service {
 
     async fn update_container_resources(
         &self,
-        _: Request<cri::UpdateContainerResourcesRequest>,
+        request: Request<cri::UpdateContainerResourcesRequest>,
     ) -> Answer<cri::UpdateContainerResourcesResponse> {
-        not_there("UpdateContainerResources")
+        let request = request.into_inner();
+        let about = About::container(&request.container_id);
+        self.call("UpdateContainerResources", about, request, |server, request| {
+            container_update::update_container_resources(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn reopen_container_log(

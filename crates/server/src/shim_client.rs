@@ -129,6 +129,16 @@ impl ShimClient {
         call("run the command", patience, run).await
     }
 
+    /// Puts other limits in force: OCI LinuxResources as JSON.
+    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), SandboxError> {
+        let request = agent::UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources: resources.into(),
+        };
+        let mut client = self.client.clone();
+        call("update the container", GUEST, client.update_container(request)).await.map(drop)
+    }
+
     /// What these containers use, or all, and what the boundary takes on the host.
     pub async fn stats(
         &self,

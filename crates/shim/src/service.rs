@@ -440,6 +440,15 @@ impl shim_server::Shim for Service {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
+    async fn update_container(
+        &self,
+        request: Request<agent::UpdateContainerRequest>,
+    ) -> Result<Response<agent::UpdateContainerResponse>, Status> {
+        let request = request.into_inner();
+        self.container(&request.container_id)?;
+        self.boundary.agent().await?.update_container(request).await
+    }
+
     async fn stats(
         &self,
         request: Request<shim::StatsRequest>,

@@ -7,7 +7,7 @@ use super::{
     now, state_name,
 };
 use crate::{
-    container::{ContainerRecord, Exit, Phase},
+    container::{ContainerRecord, Exit, Phase, spec::Resources},
     failpoint,
     status::chain,
 };
@@ -196,6 +196,24 @@ impl Driver {
             let result = if boundary { shim.remove_container(id.as_str()).await } else { Ok(()) };
             Done::Removed(id, result)
         });
+        ControlFlow::Continue(())
+    }
+
+    pub(super) async fn save_resources(
+        &mut self,
+        id: &ContainerId,
+        resources: Resources,
+        reply: Reply,
+    ) -> ControlFlow<()> {
+        let result = match self.containers.get(id) {
+            Some(container) => {
+                let mut updated = ContainerRecord::clone(container);
+                updated.spec.resources = resources;
+                self.keep(updated).await
+            }
+            None => Err(SandboxError::no_container(id.as_str())),
+        };
+        answer(reply, result);
         ControlFlow::Continue(())
     }
 

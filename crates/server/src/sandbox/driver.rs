@@ -170,6 +170,9 @@ impl Driver {
             Request::CreateContainer(new, reply) => self.create_container(*new, reply).await,
             Request::StartContainer(id, reply) => self.start_container(&id, reply),
             Request::RemoveContainer(id, reply) => self.remove_container(&id, reply).await,
+            Request::SaveResources(id, resources, reply) => {
+                self.save_resources(&id, *resources, reply).await
+            }
         }
     }
 

@@ -340,6 +340,15 @@ impl shim_server::Shim for Answers {
     type AttachStream = tokio_stream::Empty<Result<agent::IoOutput, Status>>;
     type PortForwardStream = tokio_stream::Empty<Result<agent::PortOutput, Status>>;
 
+    async fn update_container(
+        &self,
+        request: Request<agent::UpdateContainerRequest>,
+    ) -> Answer<agent::UpdateContainerResponse> {
+        self.0.check("update").await?;
+        self.0.get(&request.get_ref().container_id)?;
+        Ok(Response::new(agent::UpdateContainerResponse {}))
+    }
+
     async fn stats(&self, _: Request<shim::StatsRequest>) -> Answer<shim::StatsResponse> {
         Err(Status::unimplemented("stats"))
     }

@@ -40,7 +40,10 @@ pub(crate) mod tests;
 pub use error::SandboxError;
 pub use index::Sandboxes;
 
-use crate::{container::ContainerRecord, shim_client::ShimClient};
+use crate::{
+    container::{ContainerRecord, spec::Resources},
+    shim_client::ShimClient,
+};
 use a3s_box_api::shim::v1 as shim;
 use a3s_box_store::Store;
 use a3s_box_types::{ContainerId, SandboxId, sandbox::SandboxState};
@@ -108,6 +111,8 @@ pub(crate) enum Request {
     StartContainer(ContainerId, Reply),
     /// Kill and forget one.
     RemoveContainer(ContainerId, Reply),
+    /// Save limits that are in force.
+    SaveResources(ContainerId, Box<Resources>, Reply),
 }
 
 /// A container to be made.
@@ -233,6 +238,17 @@ impl Sandbox {
     pub async fn remove_container(&self, id: &ContainerId) -> Result<(), Arc<SandboxError>> {
         let answer = self.ask(|reply| Request::RemoveContainer(id.clone(), reply)).await;
         answer.unwrap_or_else(|| self.gone())
+    }
+
+    /// Saves limits that the shim has put in force.
+    pub async fn save_resources(
+        &self,
+        id: &ContainerId,
+        resources: Resources,
+    ) -> Result<(), Arc<SandboxError>> {
+        let resources = Box::new(resources);
+        let answer = self.ask(|reply| Request::SaveResources(id.clone(), resources, reply)).await;
+        answer.unwrap_or_else(|| Err(Arc::new(SandboxError::no_container(id.as_str()))))
     }
 
     /// The driver's answer; `None` when it has ended.
