@@ -16,38 +16,44 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Counts every read and write that moved bytes.
+/// Notes every read and write that moved bytes.
 pub(crate) struct Watched<T> {
     io: T,
-    moves: Arc<AtomicU64>,
+    begin: Instant,
+    /// Milliseconds after `begin`.
+    last_move: Arc<AtomicU64>,
 }
 
-/// Wraps `io`; cancels `gone` when nothing moved for `idle`.
+/// Wraps `io`; cancels `gone` when nothing has moved for `idle`. Zero is no bound.
 pub(crate) fn watch<T>(io: T, idle: Duration, gone: CancellationToken) -> Watched<T> {
-    let moves = Arc::new(AtomicU64::new(0));
-    let counter = moves.clone();
+    let (begin, last_move) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+    let watched = Watched { io, begin, last_move: last_move.clone() };
+    if idle.is_zero() {
+        return watched;
+    }
     tokio::spawn(async move {
-        let mut seen = 0;
         loop {
-            let next = Instant::now() + idle;
-            tokio::select! {
-                () = sleep_until(next) => {}
-                () = gone.cancelled() => return,
-            }
-            let now = counter.load(Ordering::Relaxed);
-            if now == seen {
+            let since = Duration::from_millis(last_move.load(Ordering::Relaxed));
+            let Some(end) = begin.checked_add(since).and_then(|last| last.checked_add(idle)) else {
+                return;
+            };
+            if end <= Instant::now() {
                 return gone.cancel();
             }
-            seen = now;
+            tokio::select! {
+                () = sleep_until(end) => {}
+                () = gone.cancelled() => return,
+            }
         }
     });
-    Watched { io, moves }
+    watched
 }
 
 impl<T> Watched<T> {
     fn moved<R>(&self, result: Poll<R>) -> Poll<R> {
         if result.is_ready() {
-            self.moves.fetch_add(1, Ordering::Relaxed);
+            let now = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.last_move.store(now, Ordering::Relaxed);
         }
         result
     }
@@ -98,7 +104,7 @@ mod tests {
             near.write_all(b"x").await.unwrap();
         }
         assert!(!gone.is_cancelled());
-        tokio::time::sleep(Duration::from_secs(25)).await;
+        tokio::time::sleep(Duration::from_millis(10_001)).await;
         assert!(gone.is_cancelled());
         drop(far);
     }

@@ -1,9 +1,8 @@
 //! What SPDY and WebSocket sessions have in common.
 
 use crate::{AttachRequest, ExecRequest, TerminalSize};
+use tokio::sync::{mpsc, watch};
 
-/// Sizes that the backend has not taken yet.
-pub(crate) const SIZES: usize = 4;
 /// No size is that long.
 const LONGEST_SIZE: usize = 4096;
 
@@ -30,13 +29,51 @@ impl From<&AttachRequest> for Wanted {
     }
 }
 
+/// From bytes of a resize stream to the backend. A backend that is busy misses sizes but never the
+/// last one, and holds up nothing.
+pub(crate) fn sizes() -> (SizeReader, mpsc::Receiver<TerminalSize>) {
+    let (latest, mut changes) = watch::channel(None);
+    let (sizes, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            // A place first: what waits for one is then the newest.
+            let Ok(place) = sizes.reserve().await else { return };
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                () = sizes.closed() => return,
+            }
+            if let Some(size) = *changes.borrow_and_update() {
+                place.send(size);
+            }
+        }
+    });
+    (SizeReader { parser: Sizes::default(), latest }, receiver)
+}
+
+/// See [`sizes`].
+#[derive(Debug)]
+pub(crate) struct SizeReader {
+    parser: Sizes,
+    latest: watch::Sender<Option<TerminalSize>>,
+}
+
+impl SizeReader {
+    /// Takes in what came on the resize stream.
+    pub fn read(&mut self, bytes: &[u8]) {
+        if let Some(size) = self.parser.read(bytes).pop() {
+            // Nobody asks for sizes any more: there is no harm in that.
+            self.latest.send(Some(size)).ok();
+        }
+    }
+}
+
 /// Reads terminal sizes out of a stream of JSON values.
 #[derive(Debug, Default)]
-pub(crate) struct Sizes(Vec<u8>);
+struct Sizes(Vec<u8>);
 
 impl Sizes {
     /// The sizes that are whole now. What is no size is dropped.
-    pub fn read(&mut self, bytes: &[u8]) -> Vec<TerminalSize> {
+    fn read(&mut self, bytes: &[u8]) -> Vec<TerminalSize> {
         self.0.extend_from_slice(bytes);
         let mut sizes = Vec::new();
         let mut values = serde_json::Deserializer::from_slice(&self.0).into_iter();
@@ -86,5 +123,20 @@ mod tests {
         assert_eq!(sizes.read(&text[..25]).len(), 1);
         assert!(sizes.read(&[b'['; 10_000]).is_empty());
         assert_eq!(sizes.read(&text[..25]).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_busy_backend_gets_the_last_size_and_holds_nothing_up() {
+        let (mut reader, mut sizes) = sizes();
+        for width in 1..=100 {
+            reader.read(format!("{{\"Width\":{width},\"Height\":1}}").as_bytes());
+            tokio::task::yield_now().await;
+        }
+        drop(reader);
+        let mut last = None;
+        while let Some(size) = sizes.recv().await {
+            last = Some(size.width);
+        }
+        assert_eq!(last, Some(100));
     }
 }

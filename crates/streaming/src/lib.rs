@@ -14,12 +14,15 @@
 
 mod activity;
 mod backend;
+mod budget;
 mod channels;
+mod hangup;
 mod port_forward;
 mod remote_command;
 mod server;
 pub mod spdy;
 mod status;
+mod tls;
 mod token;
 mod tunnel;
 mod upgrade;
@@ -30,4 +33,5 @@ pub use backend::{
     TerminalSize,
 };
 pub use server::{Config, Server, Urls};
+pub use tls::{Tls, TlsError};
 pub use token::TooMany;

@@ -6,15 +6,16 @@ use crate::{
     spdy::{Session, Stream, StreamWriter},
 };
 use std::{collections::HashMap, sync::Arc};
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::{
+    task::JoinSet,
+    time::{Duration, Instant, timeout_at},
+};
 use tracing::debug;
 
 /// The only protocol.
 pub(crate) const PROTOCOL: &str = "portforward.k8s.io";
-/// Halves of pairs that wait for their other half.
-const MOST_HALVES: usize = 64;
-
-/// Serves the connection until the client is gone.
+/// Serves the connection until the client is gone, and what it forwards with it. How many there can
+/// be follows from the session's bound on its streams.
 pub(crate) async fn serve<B: Backend>(
     mut session: Session,
     request: PortForwardRequest,
@@ -22,7 +23,10 @@ pub(crate) async fn serve<B: Backend>(
     patience: Duration,
 ) {
     let mut halves: HashMap<String, Half> = HashMap::new();
+    // Dropped at the end, which ends all that is left.
+    let mut forwards = JoinSet::new();
     loop {
+        while forwards.try_join_next().is_some() {}
         let oldest = halves.values().map(|half| half.until).min();
         let next = match oldest {
             Some(until) => timeout_at(until, session.accept()).await,
@@ -57,16 +61,8 @@ pub(crate) async fn serve<B: Backend>(
         if let Half { data: Some(_), errors: Some(_), .. } = half
             && let Some(Half { data: Some(data), errors: Some(errors), .. }) = halves.remove(&id)
         {
-            tokio::spawn(forward(
-                backend.clone(),
-                request.sandbox_id.clone(),
-                port,
-                data,
-                errors.writer,
-            ));
-        } else if halves.len() > MOST_HALVES {
-            debug!("too many halves of port-forward connections");
-            return;
+            let sandbox_id = request.sandbox_id.clone();
+            forwards.spawn(forward(backend.clone(), sandbox_id, port, data, errors.writer));
         }
     }
 }
@@ -108,11 +104,21 @@ async fn forward<B: Backend>(
     data: Stream,
     mut errors: StreamWriter,
 ) {
+    let given_up = data.writer.given_up().clone();
     let output = Output(OutputKind::Spdy(data.writer));
-    let done = backend.port_forward(sandbox_id.clone(), port, data.input, output).await;
-    if let Err(BackendError(why)) = done {
-        let text = format!("error forwarding port {port} to pod {sandbox_id}, uid : {why}");
+    let done = tokio::select! {
+        done = backend.port_forward(sandbox_id.clone(), port, data.input, output) => done,
+        // Both of the connection's ends at once, unlike an end of the input alone.
+        () = given_up.cancelled() => Ok(()),
+    };
+    if let Err(error) = done {
+        let text = failure(port, &sandbox_id, &error);
         errors.write(text.into()).await.ok();
     }
     errors.close().await;
+}
+
+/// What a client is told when a connection fails.
+pub(crate) fn failure(port: u16, sandbox_id: &str, error: &BackendError) -> String {
+    format!("error forwarding port {port} to pod {sandbox_id}, uid : {error}")
 }

@@ -2,12 +2,11 @@
 //! and errors, told apart by the header `streamType`.
 
 use crate::{
-    backend::{Output, OutputKind, Streams, TerminalSize},
+    backend::{Output, OutputKind, Streams},
     channels::{self, Wanted},
     spdy::{Session, Stream, StreamWriter},
     status::End,
 };
-use bytes::Bytes;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +19,8 @@ pub(crate) const PROTOCOLS: [&str; 4] =
 pub(crate) struct Client {
     pub streams: Streams,
     errors: StreamWriter,
+    /// Kept, since clients send nothing more on a stream that was ended from here.
+    _stdin_end: Option<StreamWriter>,
     session: Session,
     as_json: bool,
 }
@@ -50,20 +51,23 @@ pub(crate) async fn accept(
         Some(())
     };
     tokio::time::timeout(patience, collect).await.ok()??;
-    let (sizes, receiver) = mpsc::channel(channels::SIZES);
+    session.refuse_more();
+    let (sizes, receiver) = channels::sizes();
     if let Some(stream) = came.resizes {
-        tokio::spawn(read_sizes(stream.input, sizes));
+        tokio::spawn(read_sizes(stream, sizes));
     }
     let output = |stream: Stream| Output(OutputKind::Spdy(stream.writer));
+    let (stdin, stdin_end) = came.stdin.map(|stream| (stream.input, stream.writer)).unzip();
     Some(Client {
         streams: Streams {
-            stdin: came.stdin.map(|stream| stream.input),
+            stdin,
             stdout: came.stdout.map(output),
             stderr: came.stderr.map(output),
             resizes: receiver,
             gone,
         },
         errors: came.errors?.writer,
+        _stdin_end: stdin_end,
         session,
         as_json: version >= 4,
     })
@@ -116,14 +120,9 @@ impl Came {
     }
 }
 
-/// Sizes come as JSON values, one after the other, cut anywhere.
-async fn read_sizes(mut input: mpsc::Receiver<Bytes>, sizes: mpsc::Sender<TerminalSize>) {
-    let mut parser = channels::Sizes::default();
-    while let Some(bytes) = input.recv().await {
-        for size in parser.read(&bytes) {
-            if sizes.send(size).await.is_err() {
-                return;
-            }
-        }
+/// Reads until the client resizes no more. The way back stays open till then: it is never used.
+async fn read_sizes(mut stream: Stream, mut sizes: channels::SizeReader) {
+    while let Some(bytes) = stream.input.recv().await {
+        sizes.read(&bytes);
     }
 }

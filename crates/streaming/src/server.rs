@@ -1,9 +1,10 @@
 //! The HTTP server: a URL for each request that came over gRPC, and what becomes of it.
 
 use crate::{
-    AttachRequest, Backend, BackendError, ExecRequest, PortForwardRequest, Streams, TooMany,
+    AttachRequest, Backend, BackendError, ExecRequest, PortForwardRequest, Streams, Tls, TooMany,
     activity,
     channels::Wanted,
+    hangup::{self, Hangup},
     port_forward, remote_command,
     spdy::Session,
     status::End,
@@ -16,21 +17,28 @@ use http::{Method, Request, StatusCode, header};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use std::{convert::Infallible, fmt, io, net::SocketAddr, sync::Arc, time::Duration};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-/// How long a client may take for the head of its request.
-const HEAD: Duration = Duration::from_secs(30);
+/// How long a client may take for the head of its request, and for a TLS handshake before.
+const HEAD: Duration = Duration::from_secs(10);
+/// Connections that have not shown a token yet. More wait outside.
+const MOST_UNKNOWN: usize = 1024;
 
 /// How the server listens and how patient it is.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Where to listen; port 0 takes a free one.
     pub address: SocketAddr,
-    /// What URLs begin with; `None`: `http://` and the address.
+    /// What URLs begin with; `None`: `http://` (or `https://`) and the address.
     pub advertised: Option<String>,
-    /// A session on which nothing moves for so long ends.
+    /// A session on which nothing moves for so long ends; zero: never. A client's pings move.
     pub idle: Duration,
     /// How long a client may take to open its streams.
     pub creation: Duration,
@@ -102,6 +110,7 @@ impl Urls {
 pub struct Server {
     listener: TcpListener,
     config: Config,
+    tls: Option<Tls>,
     urls: Urls,
 }
 
@@ -112,12 +121,32 @@ impl Server {
     /// The address cannot be had.
     pub async fn bind(config: Config) -> io::Result<Self> {
         let listener = TcpListener::bind(config.address).await?;
-        let base = match &config.advertised {
-            Some(base) => base.trim_end_matches('/').into(),
-            None => format!("http://{}", listener.local_addr()?).into(),
+        let mut server = Self {
+            listener,
+            config,
+            tls: None,
+            urls: Urls { base: "".into(), tokens: Arc::default() },
         };
-        let urls = Urls { base, tokens: Arc::default() };
-        Ok(Self { listener, config, urls })
+        server.urls.base = server.base()?;
+        Ok(server)
+    }
+
+    /// Speaks TLS only. URLs given out before are worthless then.
+    ///
+    /// # Errors
+    /// The listener's address cannot be told.
+    pub fn with_tls(mut self, tls: Tls) -> io::Result<Self> {
+        self.tls = Some(tls);
+        self.urls.base = self.base()?;
+        Ok(self)
+    }
+
+    fn base(&self) -> io::Result<Arc<str>> {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        Ok(match &self.config.advertised {
+            Some(base) => base.trim_end_matches('/').into(),
+            None => format!("{scheme}://{}", self.listener.local_addr()?).into(),
+        })
     }
 
     /// Gives out this server's URLs.
@@ -127,11 +156,18 @@ impl Server {
 
     /// Serves until dropped; sessions under way go on.
     pub async fn serve<B: Backend>(self, backend: Arc<B>) {
-        let shared = Arc::new(Shared { tokens: self.urls.tokens, config: self.config, backend });
+        let Self { listener, config, tls, urls } = self;
+        let shared = Arc::new(Shared { tokens: urls.tokens, config, tls, backend });
+        let places = Arc::new(Semaphore::new(MOST_UNKNOWN));
         loop {
-            match self.listener.accept().await {
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            match listener.accept().await {
                 Ok((stream, _)) => {
-                    tokio::spawn(connection(stream, shared.clone()));
+                    let shared = shared.clone();
+                    tokio::spawn(async move {
+                        connection(stream, shared).await;
+                        drop(place);
+                    });
                 }
                 Err(error) => {
                     // Out of descriptors: others may be closed meanwhile.
@@ -146,14 +182,45 @@ impl Server {
 struct Shared<B> {
     tokens: Arc<Tokens<Wanting>>,
     config: Config,
+    tls: Option<Tls>,
     backend: Arc<B>,
 }
 
+/// One connection as its requests see it.
+struct Caller<B> {
+    shared: Arc<Shared<B>>,
+    hangup: Hangup,
+}
+
+impl<B> Clone for Caller<B> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone(), hangup: self.hangup.clone() }
+    }
+}
+
 async fn connection<B: Backend>(stream: TcpStream, shared: Arc<Shared<B>>) {
-    // Keystrokes must not wait for more of them.
-    stream.set_nodelay(true).ok();
+    let hangup = match hangup::prepare(&stream) {
+        Ok(hangup) => hangup,
+        Err(error) => return debug!(%error, "a streaming connection cannot be set up"),
+    };
+    let tls = shared.tls.clone();
+    let caller = Caller { shared, hangup };
+    match tls {
+        None => serve_http(stream, caller).await,
+        Some(tls) => match timeout(HEAD, tls.accept(stream)).await {
+            Ok(Ok(stream)) => serve_http(stream, caller).await,
+            Ok(Err(error)) => debug!(%error, "a TLS handshake fails"),
+            Err(_) => debug!("a TLS handshake takes too long"),
+        },
+    }
+}
+
+async fn serve_http<B: Backend>(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    caller: Caller<B>,
+) {
     let service = hyper::service::service_fn(move |request| {
-        let answer = answer(request, &shared);
+        let answer = answer(request, &caller);
         async move { Ok::<_, Infallible>(answer) }
     });
     let served = hyper::server::conn::http1::Builder::new()
@@ -168,7 +235,7 @@ async fn connection<B: Backend>(stream: TcpStream, shared: Arc<Shared<B>>) {
 }
 
 /// Answers the request and, after a yes, starts its session.
-fn answer<B: Backend>(request: Request<Incoming>, shared: &Arc<Shared<B>>) -> Answer {
+fn answer<B: Backend>(request: Request<Incoming>, caller: &Caller<B>) -> Answer {
     let parts: Vec<_> = request.uri().path().trim_start_matches('/').split('/').collect();
     let &[kind @ ("exec" | "attach" | "portforward"), token] = &*parts else {
         return upgrade::answer(StatusCode::NOT_FOUND, "404 page not found");
@@ -178,7 +245,7 @@ fn answer<B: Backend>(request: Request<Incoming>, shared: &Arc<Shared<B>>) -> An
         no.headers_mut().insert(header::ALLOW, http::HeaderValue::from_static("GET, POST"));
         return no;
     }
-    let wanting = shared.tokens.take(token).filter(|wanting| wanting.path() == kind);
+    let wanting = caller.shared.tokens.take(token).filter(|wanting| wanting.path() == kind);
     let Some(wanting) = wanting else {
         return upgrade::answer(StatusCode::NOT_FOUND, "404 page not found");
     };
@@ -186,38 +253,49 @@ fn answer<B: Backend>(request: Request<Incoming>, shared: &Arc<Shared<B>>) -> An
         let text = "unable to upgrade: the request asks for neither SPDY/3.1 nor a WebSocket";
         return upgrade::answer(StatusCode::BAD_REQUEST, text);
     };
-    begin(request, wanting, wish, shared.clone()).unwrap_or_else(|refusal| *refusal)
+    begin(request, wanting, wish, caller.clone()).unwrap_or_else(|refusal| *refusal)
 }
 
 fn begin<B: Backend>(
     mut request: Request<Incoming>,
     wanting: Wanting,
     wish: Wish,
-    shared: Arc<Shared<B>>,
+    caller: Caller<B>,
 ) -> Result<Answer, Box<Answer>> {
-    let ours: &[&'static str] = match (&wanting, wish) {
-        (Wanting::PortForward(_), Wish::Spdy) => &[port_forward::PROTOCOL],
-        (Wanting::PortForward(_), Wish::WebSocket) => &[tunnel::PROTOCOL],
-        (_, Wish::Spdy) => &remote_command::PROTOCOLS,
-        (_, Wish::WebSocket) => &websocket::PROTOCOLS,
+    let headers = request.headers();
+    let (yes, protocol) = match wish {
+        Wish::Spdy => {
+            let ours = match wanting {
+                Wanting::PortForward(_) => &[port_forward::PROTOCOL][..],
+                _ => &remote_command::PROTOCOLS,
+            };
+            let Some(protocol) = upgrade::choose(headers, &upgrade::PROTOCOL, ours)? else {
+                let text = "unable to upgrade: no protocol is named in X-Stream-Protocol-Version";
+                return Err(Box::new(upgrade::answer(StatusCode::BAD_REQUEST, text)));
+            };
+            (upgrade::to_spdy(protocol), protocol)
+        }
+        Wish::WebSocket => {
+            let ours = match &wanting {
+                Wanting::PortForward(_) => &websocket::FORWARD_PROTOCOLS[..],
+                _ => &websocket::PROTOCOLS,
+            };
+            let named = upgrade::choose(headers, &header::SEC_WEBSOCKET_PROTOCOL, ours)?;
+            let protocol = named.unwrap_or(websocket::UNNAMED);
+            if let Wanting::PortForward(request) = &wanting
+                && protocol != tunnel::PROTOCOL
+                && !websocket::has_channels(&request.ports)
+            {
+                let text = "unable to upgrade: between 1 and 32 ports must be asked for";
+                return Err(Box::new(upgrade::answer(StatusCode::BAD_REQUEST, text)));
+            }
+            (upgrade::to_websocket(headers, named)?, protocol)
+        }
     };
-    let name = match wish {
-        Wish::Spdy => upgrade::PROTOCOL,
-        Wish::WebSocket => header::SEC_WEBSOCKET_PROTOCOL,
-    };
-    let (protocol, named) = upgrade::choose(request.headers(), &name, ours)?;
-    let said = named.then_some(protocol);
-    let yes = match wish {
-        Wish::Spdy => upgrade::to_spdy(said),
-        Wish::WebSocket => upgrade::to_websocket(request.headers(), said),
-    };
-    if yes.status() != StatusCode::SWITCHING_PROTOCOLS {
-        return Err(Box::new(yes));
-    }
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgraded.await {
-            Ok(io) => session(TokioIo::new(io), wanting, wish, protocol, shared).await,
+            Ok(io) => session(TokioIo::new(io), wanting, wish, protocol, caller).await,
             Err(error) => debug!(%error, "a client goes while it is answered"),
         }
     });
@@ -229,10 +307,12 @@ async fn session<B: Backend>(
     wanting: Wanting,
     wish: Wish,
     protocol: &'static str,
-    shared: Arc<Shared<B>>,
+    Caller { shared, hangup }: Caller<B>,
 ) {
     let Shared { config, backend, .. } = &*shared;
     let gone = CancellationToken::new();
+    let _gone = gone.clone().drop_guard();
+    hangup.watch(gone.clone());
     let io = activity::watch(io, config.idle, gone.clone());
     let wanted = match &wanting {
         Wanting::Exec(request) => Wanted::from(request),
@@ -240,7 +320,12 @@ async fn session<B: Backend>(
         Wanting::PortForward(request) => {
             let session = match wish {
                 Wish::Spdy => Session::start(io, gone),
-                Wish::WebSocket => Session::start(Tunnel::over(io).await, gone),
+                Wish::WebSocket if protocol == tunnel::PROTOCOL => {
+                    Session::start(Tunnel::over(io).await, gone)
+                }
+                Wish::WebSocket => {
+                    return websocket::forward(io, protocol, request, &**backend, gone).await;
+                }
             };
             return port_forward::serve(session, request.clone(), backend.clone(), config.creation)
                 .await;
@@ -253,8 +338,7 @@ async fn session<B: Backend>(
                 remote_command::accept(session, protocol, wanted, config.creation, gone.clone())
                     .await;
             let Some(mut client) = client else {
-                debug!("a client did not open its streams in time");
-                return gone.cancel();
+                return debug!("a client did not open its streams in time");
             };
             let streams = client.take_streams();
             if let Some(end) = run(&**backend, wanting, streams, &gone).await {
@@ -268,7 +352,6 @@ async fn session<B: Backend>(
             }
         }
     }
-    gone.cancel();
 }
 
 /// How it ended; `None`: the client went first, and nobody is left to tell.

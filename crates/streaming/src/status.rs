@@ -7,7 +7,8 @@ use serde_json::json;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum End {
     Success,
-    /// A command's exit code that is not 0, and the command.
+    /// A command's exit code that is not 0, and the command. Clients know codes up to 255 only: others
+    /// are told as 255.
     Code(i32, Vec<String>),
     /// What was tried, and why it failed.
     Failed(&'static str, BackendError),
@@ -23,7 +24,7 @@ impl End {
                 "status": "Failure",
                 "message": self.words(),
                 "reason": "NonZeroExitCode",
-                "details": {"causes": [{"reason": "ExitCode", "message": code.to_string()}]},
+                "details": {"causes": [{"reason": "ExitCode", "message": exit_code(*code).to_string()}]},
             }),
             Self::Failed(what, error) => json!({
                 "metadata": {},
@@ -46,12 +47,17 @@ impl End {
         match self {
             Self::Success => String::new(),
             Self::Code(code, command) => format!(
-                "command terminated with non-zero exit code: error executing command [{}], exit code {code}",
-                command.join(" ")
+                "command terminated with non-zero exit code: error executing command [{}], exit code {}",
+                command.join(" "),
+                exit_code(*code)
             ),
             Self::Failed(what, error) => format!("Internal error occurred: {what}: {error}"),
         }
     }
+}
+
+fn exit_code(code: i32) -> u8 {
+    u8::try_from(code).unwrap_or(u8::MAX)
 }
 
 #[cfg(test)]
@@ -65,6 +71,9 @@ mod tests {
         assert_eq!(status["reason"], "NonZeroExitCode");
         assert_eq!(status["details"]["causes"][0]["message"], "3");
         assert!(String::from_utf8(end.text().unwrap()).unwrap().contains("[sh -c], exit code 3"));
+        let status: serde_json::Value =
+            serde_json::from_slice(&End::Code(-1, Vec::new()).json()).unwrap();
+        assert_eq!(status["details"]["causes"][0]["message"], "255");
         let failed = End::Failed("error executing command in container", BackendError("no".into()));
         let status: serde_json::Value = serde_json::from_slice(&failed.json()).unwrap();
         assert_eq!(status["code"], 500);

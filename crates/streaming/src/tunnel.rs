@@ -19,11 +19,12 @@ pub(crate) const PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
 pub(crate) struct Tunnel {
     messages: WebSocketStream<Box<dyn Connection>>,
     rest: Bytes,
+    ended: bool,
 }
 
 impl Tunnel {
     pub async fn over(io: impl Connection + 'static) -> Self {
-        Self { messages: websocket::over(io).await, rest: Bytes::new() }
+        Self { messages: websocket::over(io).await, rest: Bytes::new(), ended: false }
     }
 }
 
@@ -69,7 +70,13 @@ impl AsyncWrite for Tunnel {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.messages.poll_close_unpin(cx).map_err(io::Error::other)
+        if !self.ended {
+            ready!(self.messages.poll_ready_unpin(cx)).map_err(io::Error::other)?;
+            self.ended = true;
+            let goodbye = Message::Close(Some(websocket::goodbye()));
+            self.messages.start_send_unpin(goodbye).map_err(io::Error::other)?;
+        }
+        self.messages.poll_flush_unpin(cx).map_err(io::Error::other)
     }
 }
 

@@ -33,46 +33,42 @@ pub(crate) fn wish(headers: &HeaderMap) -> Option<Wish> {
     })
 }
 
-/// The first of ours that the client speaks. A client that names none means the last.
-pub(crate) fn choose<'a>(
+/// The first of the client's protocols that is ours too; `None`: it names none.
+pub(crate) fn choose(
     headers: &HeaderMap,
     name: &HeaderName,
-    ours: &[&'a str],
-) -> Result<(&'a str, bool), Box<Answer>> {
+    ours: &[&'static str],
+) -> Result<Option<&'static str>, Box<Answer>> {
     let theirs: Vec<_> = words(headers, name).collect();
     if theirs.is_empty() {
-        return match ours.last() {
-            Some(last) => Ok((last, false)),
-            None => Err(Box::new(answer(StatusCode::BAD_REQUEST, "no protocol"))),
-        };
+        return Ok(None);
     }
-    match ours.iter().find(|one| theirs.contains(one)) {
-        Some(one) => Ok((one, true)),
-        None => {
-            let text =
-                format!("unable to upgrade: client protocols {theirs:?}, server accepts {ours:?}");
-            let mut refusal = answer(StatusCode::FORBIDDEN, &text);
-            for one in ours {
-                if let Ok(value) = HeaderValue::from_str(one) {
-                    refusal.headers_mut().append(ACCEPTED, value);
-                }
-            }
-            Err(Box::new(refusal))
-        }
+    let common = theirs.iter().find_map(|one| ours.iter().find(|our| *our == one));
+    if let Some(common) = common {
+        return Ok(Some(common));
     }
+    let text = format!(
+        "unable to upgrade: unable to negotiate protocol: client supports {theirs:?}, server accepts {ours:?}"
+    );
+    let mut refusal = answer(StatusCode::FORBIDDEN, &text);
+    for one in ours {
+        refusal.headers_mut().append(ACCEPTED, HeaderValue::from_static(one));
+    }
+    Err(Box::new(refusal))
 }
 
-/// Yes to SPDY, with the protocol when the client named any.
-pub(crate) fn to_spdy(protocol: Option<&str>) -> Answer {
+/// Yes to SPDY, in this protocol.
+pub(crate) fn to_spdy(protocol: &'static str) -> Answer {
     let mut yes = switching(SPDY);
-    if let Some(value) = protocol.and_then(|protocol| HeaderValue::from_str(protocol).ok()) {
-        yes.headers_mut().insert(PROTOCOL, value);
-    }
+    yes.headers_mut().insert(PROTOCOL, HeaderValue::from_static(protocol));
     yes
 }
 
-/// Yes to WebSocket (RFC 6455); the key is missing: no.
-pub(crate) fn to_websocket(headers: &HeaderMap, protocol: Option<&str>) -> Answer {
+/// Yes to WebSocket (RFC 6455), with the protocol when the client named any.
+pub(crate) fn to_websocket(
+    headers: &HeaderMap,
+    protocol: Option<&'static str>,
+) -> Result<Answer, Box<Answer>> {
     let key = headers
         .get(header::SEC_WEBSOCKET_KEY)
         .filter(|key| STANDARD.decode(key.as_bytes()).is_ok_and(|bytes| bytes.len() == 16));
@@ -80,16 +76,17 @@ pub(crate) fn to_websocket(headers: &HeaderMap, protocol: Option<&str>) -> Answe
     let (Some(key), Some(b"13")) = (key, version) else {
         let mut no = answer(StatusCode::BAD_REQUEST, "a WebSocket needs its key and version 13");
         no.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-        return no;
+        return Err(Box::new(no));
     };
     let mut yes = switching("websocket");
     if let Ok(value) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
         yes.headers_mut().insert(header::SEC_WEBSOCKET_ACCEPT, value);
     }
-    if let Some(value) = protocol.and_then(|protocol| HeaderValue::from_str(protocol).ok()) {
+    if let Some(protocol) = protocol {
+        let value = HeaderValue::from_static(protocol);
         yes.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, value);
     }
-    yes
+    Ok(yes)
 }
 
 /// An answer with one line of text.
@@ -139,11 +136,13 @@ mod tests {
     }
 
     #[test]
-    fn the_best_common_protocol_is_chosen_and_none_is_refused_with_a_list() {
+    fn the_clients_first_choice_counts_and_none_in_common_is_refused_with_a_list() {
         let ours = ["v4.channel.k8s.io", "channel.k8s.io"];
         let with = |value| choose(&headers(&[(PROTOCOL, value)]), &PROTOCOL, &ours);
-        assert_eq!(with("channel.k8s.io, v4.channel.k8s.io").unwrap(), ("v4.channel.k8s.io", true));
-        assert_eq!(choose(&HeaderMap::new(), &PROTOCOL, &ours).unwrap(), ("channel.k8s.io", false));
+        assert_eq!(with("v5.channel.k8s.io, channel.k8s.io").unwrap(), Some("channel.k8s.io"));
+        assert_eq!(with("v4.channel.k8s.io,channel.k8s.io").unwrap(), Some("v4.channel.k8s.io"));
+        assert_eq!(with(" ,").unwrap(), None);
+        assert_eq!(choose(&HeaderMap::new(), &PROTOCOL, &ours).unwrap(), None);
         let refusal = with("v9.channel.k8s.io").unwrap_err();
         assert_eq!(refusal.status(), StatusCode::FORBIDDEN);
         assert_eq!(refusal.headers().get_all(ACCEPTED).iter().count(), 2);
@@ -155,8 +154,9 @@ mod tests {
             (header::SEC_WEBSOCKET_KEY, "dGhlIHNhbXBsZSBub25jZQ=="),
             (header::SEC_WEBSOCKET_VERSION, "13"),
         ]);
-        let yes = to_websocket(&asked, Some("v5.channel.k8s.io"));
+        let yes = to_websocket(&asked, Some("v5.channel.k8s.io")).unwrap();
         assert_eq!(yes.headers()[header::SEC_WEBSOCKET_ACCEPT], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
-        assert_eq!(to_websocket(&HeaderMap::new(), None).status(), StatusCode::BAD_REQUEST);
+        let no = to_websocket(&HeaderMap::new(), None).unwrap_err();
+        assert_eq!(no.status(), StatusCode::BAD_REQUEST);
     }
 }

@@ -1,11 +1,13 @@
 //! One connection and its streams.
 
 use super::{Compressor, Decompressor, Frame, Reader, flag};
+use crate::budget::Budget;
 use bytes::{Bytes, BytesMut};
 use std::{
     collections::HashMap,
     fmt, io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
@@ -19,13 +21,17 @@ const MOST_STREAMS: usize = 1024;
 /// New streams that nobody has taken yet.
 const MOST_WAITING: usize = 64;
 /// Chunks of a stream that nobody has taken yet.
-const CHUNKS: usize = 4;
+const CHUNKS: usize = 64;
 const READ_BUFFER: usize = 32 << 10;
 /// Bytes of one data frame, so that streams take turns.
 const LARGEST_DATA: usize = 32 << 10;
+/// How long a client may take to go once it has been told everything. Closing earlier, with bytes of
+/// it unread, would make the kernel throw away what the client has not read yet.
+const FAREWELL: Duration = Duration::from_secs(5);
+const OK: u32 = 0;
+const PROTOCOL_ERROR: u32 = 1;
 const REFUSED: u32 = 3;
 const CANCEL: u32 = 5;
-const PROTOCOL_ERROR: u32 = 1;
 
 /// A connection to a client.
 #[derive(Debug)]
@@ -81,6 +87,7 @@ impl fmt::Debug for Shared {
 struct Sending {
     half: WriteHalf<Io>,
     compressor: Compressor,
+    /// What is left of the last frame, when its sender gave up in the middle of it.
     buffer: BytesMut,
 }
 
@@ -110,6 +117,7 @@ impl Session {
             shared: shared.clone(),
             accepted,
             decompressor: Decompressor::default(),
+            budget: Budget::default(),
             last: 0,
         };
         tokio::spawn(receiving.run(read));
@@ -121,11 +129,34 @@ impl Session {
         self.streams.recv().await
     }
 
-    /// Sends what is left and ends the connection.
-    pub async fn close(self) {
-        let mut sending = self.shared.sending.lock().await;
-        sending.half.shutdown().await.ok();
-        drop(sending);
+    /// Cancelled when the connection has ended.
+    pub fn gone(&self) -> &CancellationToken {
+        &self.shared.gone
+    }
+
+    /// No more streams are wanted: those that still come are ended at once.
+    pub fn refuse_more(&mut self) {
+        self.streams.close();
+        while self.streams.try_recv().is_ok() {}
+    }
+
+    /// Ends every stream, says goodbye and lets the client go first, for a while.
+    pub async fn close(mut self) {
+        self.refuse_more();
+        let farewell = async {
+            if self.shared.say_goodbye().await.is_ok() {
+                self.shared.gone.cancelled().await;
+            }
+        };
+        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            debug!("a client does not go when it is done");
+        }
+        self.shared.gone.cancel();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
         self.shared.gone.cancel();
     }
 }
@@ -136,44 +167,81 @@ impl Shared {
     }
 
     async fn send(&self, frame: &Frame) -> io::Result<()> {
-        let mut sending = tokio::select! {
-            sending = self.sending.lock() => sending,
-            () = self.gone.cancelled() => return Err(io::ErrorKind::BrokenPipe.into()),
+        self.send_with(|_, buffer| frame.write(buffer)).await
+    }
+
+    async fn reply(&self, id: u32) -> io::Result<()> {
+        self.send_with(|compressor, buffer| {
+            let block = compressor.pack(&[]);
+            Frame::SynReply { id, flags: 0, block }.write(buffer);
+        })
+        .await
+    }
+
+    /// Sends what `write` makes. Dropped in the middle, the rest goes before the next frame.
+    async fn send_with(
+        &self,
+        write: impl FnOnce(&mut Compressor, &mut BytesMut),
+    ) -> io::Result<()> {
+        let send = async {
+            let mut sending = self.sending.lock().await;
+            let Sending { half, compressor, buffer } = &mut *sending;
+            half.write_all_buf(buffer).await?;
+            write(compressor, buffer);
+            half.write_all_buf(buffer).await?;
+            half.flush().await
         };
-        let Sending { half, buffer, .. } = &mut *sending;
-        buffer.clear();
-        frame.write(buffer);
         tokio::select! {
-            // A frame is written whole or the connection is over.
-            sent = half.write_all(buffer) => sent,
+            sent = send => sent,
             () = self.gone.cancelled() => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
 
-    async fn reply(&self, id: u32) -> io::Result<()> {
-        let block = self.sending.lock().await.compressor.pack(&[]);
-        self.send(&Frame::SynReply { id, flags: 0, block }).await
+    async fn say_goodbye(&self) -> io::Result<()> {
+        let unanswered: Vec<_> =
+            self.open().iter().filter(|(_, open)| !open.answered).map(|(id, _)| *id).collect();
+        for id in unanswered {
+            self.finish(id).await?;
+        }
+        // No stream is ever begun from this side.
+        self.send(&Frame::GoAway { last: 0, status: OK }).await?;
+        self.sending.lock().await.half.shutdown().await
     }
 
-    /// Notes that one side has ended a stream; it is forgotten when both have.
-    fn ended(&self, id: u32, by_client: bool) {
-        let mut streams = self.open();
-        let Some(open) = streams.get_mut(&id) else { return };
-        if by_client {
-            open.input = None;
-        } else {
-            open.answered = true;
+    /// Ends a stream in this direction, once.
+    async fn finish(&self, id: u32) -> io::Result<()> {
+        if !self.ended(id, Side::Server) {
+            return Ok(());
         }
+        self.send(&Frame::Data { id, flags: flag::FIN, bytes: Bytes::new() }).await
+    }
+
+    /// Notes that one side has ended a stream; it is forgotten when both have. False: known before.
+    fn ended(&self, id: u32, side: Side) -> bool {
+        let mut streams = self.open();
+        let Some(open) = streams.get_mut(&id) else { return false };
+        let new = match side {
+            Side::Client => open.input.take().is_some(),
+            Side::Server => !std::mem::replace(&mut open.answered, true),
+        };
         if open.input.is_none() && open.answered {
             streams.remove(&id);
         }
+        new
     }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Side {
+    Client,
+    Server,
 }
 
 struct Receiving {
     shared: Arc<Shared>,
     accepted: mpsc::Sender<Stream>,
     decompressor: Decompressor,
+    budget: Budget,
     last: u32,
 }
 
@@ -224,7 +292,7 @@ impl Receiving {
                     && !bytes.is_empty()
                 {
                     // Nobody takes it any more: it is thrown away, so that the others go on.
-                    input.send(bytes).await.ok();
+                    self.budget.deliver(bytes, &input).await;
                 }
                 self.end_if(id, flags);
             }
@@ -241,7 +309,7 @@ impl Receiving {
 
     fn end_if(&self, id: u32, flags: u8) {
         if flags & flag::FIN != 0 {
-            self.shared.ended(id, true);
+            self.shared.ended(id, Side::Client);
         }
     }
 
@@ -298,10 +366,13 @@ impl StreamWriter {
     pub async fn close(&mut self) {
         if !self.closed && !self.reset.is_cancelled() {
             self.closed = true;
-            let end = Frame::Data { id: self.id, flags: flag::FIN, bytes: Bytes::new() };
-            self.shared.send(&end).await.ok();
-            self.shared.ended(self.id, false);
+            self.shared.finish(self.id).await.ok();
         }
+    }
+
+    /// Cancelled when the client has given up this stream.
+    pub fn given_up(&self) -> &CancellationToken {
+        &self.reset
     }
 
     /// Ends the stream at once, both ways.
@@ -320,11 +391,7 @@ impl Drop for StreamWriter {
             return;
         }
         let (id, shared) = (self.id, self.shared.clone());
-        tokio::spawn(async move {
-            let end = Frame::Data { id, flags: flag::FIN, bytes: Bytes::new() };
-            shared.send(&end).await.ok();
-            shared.ended(id, false);
-        });
+        tokio::spawn(async move { shared.finish(id).await.ok() });
     }
 }
 
