@@ -192,12 +192,21 @@ fn cgroups() -> Finding {
     let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").is_file();
     match Hierarchies::find() {
         Ok(_) if unified => fine("cgroup", "version 2"),
+        Ok(found) if found.has_v2() => {
+            fine("cgroup", "version 1 controllers, version 2 beside them")
+        }
         Ok(found) if found != Hierarchies::default() => less(
             "cgroup",
-            "version 1",
-            "a pod's processes cannot be killed at one stroke; guests have version 2 inside in any case",
+            "version 1 alone",
+            "pods that share namespaces of the node do not run: mount -t cgroup2 cgroup2 \
+             /sys/fs/cgroup/unified; guests have version 2 inside in any case",
         ),
-        Ok(_) => less("cgroup", "none", "virtual machines are not limited on the host"),
+        Ok(_) => less(
+            "cgroup",
+            "none",
+            "virtual machines are not limited on the host, and pods that share namespaces of the \
+             node do not run",
+        ),
         Err(error) => less("cgroup", error.to_string(), "virtual machines may not be limited"),
     }
 }

@@ -41,9 +41,26 @@ fn netns() -> OwnedFd {
     std::thread::spawn(make).join().unwrap()
 }
 
+/// The pod's cgroup; a failed test leaves no process in it.
+struct Group(Cgroup);
+
+impl std::ops::Deref for Group {
+    type Target = Cgroup;
+
+    fn deref(&self) -> &Cgroup {
+        &self.0
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+    }
+}
+
 struct Pod {
     dir: tempfile::TempDir,
-    cgroup: Cgroup,
+    cgroup: Group,
     sandbox: Sandbox,
 }
 
@@ -74,7 +91,7 @@ impl Pod {
         })
         .await;
         sandbox.configure(request()).await;
-        Self { dir, cgroup, sandbox }
+        Self { dir, cgroup: Group(cgroup), sandbox }
     }
 
     fn path(&self) -> &Path {

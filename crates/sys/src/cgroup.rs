@@ -91,6 +91,11 @@ impl Hierarchies {
         self.v1.iter().find(|(name, _)| name == controller).map(|(_, point)| point.as_path())
     }
 
+    /// Whether there is a cgroup v2 hierarchy, with controllers or without.
+    pub fn has_v2(&self) -> bool {
+        self.v2.is_some()
+    }
+
     /// Whether the controllers are cgroup v2's.
     fn limits_in_v2(&self) -> bool {
         self.v1.is_empty()
