@@ -153,6 +153,7 @@ impl Channel {
 pub(crate) struct Client {
     errors: Channel,
     sink: Sink,
+    budget: Budget,
     gone: CancellationToken,
 }
 
@@ -185,9 +186,10 @@ pub(crate) async fn accept(
         resizes,
         gone: gone.clone(),
     };
-    let mut reading =
-        Reading { stdin: wanted.stdin.then_some(stdin), sizes, dialect, budget: Budget::default() };
-    let client = Client { errors: channel(ERROR), sink: sink.clone(), gone: gone.clone() };
+    let budget = Budget::default();
+    let stdin = wanted.stdin.then_some(stdin);
+    let mut reading = Reading { stdin, sizes, dialect, budget: budget.clone() };
+    let client = Client { errors: channel(ERROR), sink: sink.clone(), budget, gone: gone.clone() };
     tokio::spawn(async move {
         tokio::select! {
             () = reading.run(messages) => {}
@@ -203,6 +205,7 @@ pub(crate) async fn accept(
 impl Client {
     /// Tells the end, says goodbye and lets the client go first, for a while.
     pub async fn finish(mut self, end: &End) {
+        self.budget.close();
         let text = if self.errors.dialect.json { Some(end.json()) } else { end.text() };
         let farewell = async {
             if let Some(text) = text {
@@ -308,6 +311,7 @@ pub(crate) async fn forward<B: Backend>(
         () = gone.cancelled() => return,
         () = forwards.collect() => {}
     }
+    budget.close();
     let farewell = async {
         let sent = sink.lock().await.send(Message::Close(Some(goodbye()))).await;
         if sent.is_ok() {

@@ -75,6 +75,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
 struct Shared {
     sending: tokio::sync::Mutex<Sending>,
     streams: Mutex<HashMap<u32, Open>>,
+    budget: Budget,
     gone: CancellationToken,
 }
 
@@ -110,6 +111,7 @@ impl Session {
         let shared = Arc::new(Shared {
             sending: tokio::sync::Mutex::new(sending),
             streams: Mutex::default(),
+            budget: Budget::default(),
             gone,
         });
         let (accepted, streams) = mpsc::channel(MOST_WAITING);
@@ -117,7 +119,6 @@ impl Session {
             shared: shared.clone(),
             accepted,
             decompressor: Decompressor::default(),
-            budget: Budget::default(),
             last: 0,
         };
         tokio::spawn(receiving.run(read));
@@ -143,6 +144,7 @@ impl Session {
     /// Ends every stream, says goodbye and lets the client go first, for a while.
     pub async fn close(mut self) {
         self.refuse_more();
+        self.shared.budget.close();
         let farewell = async {
             if self.shared.say_goodbye().await.is_ok() {
                 self.shared.gone.cancelled().await;
@@ -241,7 +243,6 @@ struct Receiving {
     shared: Arc<Shared>,
     accepted: mpsc::Sender<Stream>,
     decompressor: Decompressor,
-    budget: Budget,
     last: u32,
 }
 
@@ -292,7 +293,7 @@ impl Receiving {
                     && !bytes.is_empty()
                 {
                     // Nobody takes it any more: it is thrown away, so that the others go on.
-                    self.budget.deliver(bytes, &input).await;
+                    self.shared.budget.deliver(bytes, &input).await;
                 }
                 self.end_if(id, flags);
             }
@@ -438,7 +439,12 @@ mod tests {
     }
 
     fn pair() -> (Client, Session) {
-        let (io, far) = duplex(1 << 20);
+        pair_with(1 << 20)
+    }
+
+    /// With so many bytes on the way at most.
+    fn pair_with(room: usize) -> (Client, Session) {
+        let (io, far) = duplex(room);
         let client = Client {
             io,
             reader: Reader::default(),
@@ -514,5 +520,48 @@ mod tests {
         assert_eq!(client.next().await, Some(Frame::RstStream { id: 99_999, status: REFUSED }));
         drop(client);
         assert_eq!(taking.await.unwrap(), MOST_STREAMS);
+    }
+
+    #[tokio::test]
+    async fn a_write_that_is_abandoned_cuts_no_frame() {
+        let (mut client, mut session) = pair_with(100);
+        client.begin(1, "a").await;
+        client.begin(3, "b").await;
+        let (mut first, mut second) =
+            (session.accept().await.unwrap(), session.accept().await.unwrap());
+        let abandoned = first.writer.write(vec![1; 1000].into());
+        assert!(tokio::time::timeout(Duration::from_millis(10), abandoned).await.is_err());
+        let writing = tokio::spawn(async move { second.writer.write("whole".into()).await });
+        let mut bytes = HashMap::<u32, Vec<u8>>::new();
+        while bytes.get(&3).is_none_or(|bytes| bytes.len() < 5) {
+            if let Some(Frame::Data { id, bytes: more, .. }) = client.next().await {
+                bytes.entry(id).or_default().extend_from_slice(&more);
+            }
+        }
+        writing.await.unwrap().unwrap();
+        assert_eq!(bytes[&1], [1; 1000]);
+        assert_eq!(bytes[&3], b"whole");
+    }
+
+    #[tokio::test]
+    async fn a_client_is_told_everything_although_it_still_talks() {
+        let (mut client, mut session) = pair_with(100);
+        client.begin(1, "a").await;
+        let mut stream = session.accept().await.unwrap();
+        let closing = tokio::spawn(async move {
+            stream.writer.write("the end".into()).await.unwrap();
+            session.close().await;
+        });
+        for _ in 0..100 {
+            client.send(Frame::Data { id: 1, flags: 0, bytes: vec![0; 50].into() }).await;
+        }
+        let end = Frame::Data { id: 1, flags: 0, bytes: "the end".into() };
+        assert_eq!(client.next().await, Some(end));
+        let end = Frame::Data { id: 1, flags: flag::FIN, bytes: Bytes::new() };
+        assert_eq!(client.next().await, Some(end));
+        assert_eq!(client.next().await, Some(Frame::GoAway { last: 0, status: OK }));
+        assert_eq!(client.next().await, None);
+        drop(client);
+        closing.await.unwrap();
     }
 }
