@@ -185,12 +185,13 @@ async fn what_is_not_there_says_so_by_name_and_what_is_unknown_is_gone_already()
     let node = Node::new();
     let _server = node.serve();
     let mut runtime = node.runtime().await;
-    let refused = runtime.exec(cri::ExecRequest::default()).await.unwrap_err();
+    let request = cri::CheckpointContainerRequest::default();
+    let refused = runtime.checkpoint_container(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unimplemented);
-    assert!(refused.message().starts_with("Exec "), "{refused}");
-    let request = cri::StreamContainersRequest::default();
-    let refused = runtime.stream_containers(request).await.unwrap_err();
-    assert!(refused.message().starts_with("StreamContainers "), "{refused}");
+    assert!(refused.message().starts_with("CheckpointContainer "), "{refused}");
+    let request = cri::StreamPodSandboxMetricsRequest::default();
+    let refused = runtime.stream_pod_sandbox_metrics(request).await.unwrap_err();
+    assert!(refused.message().starts_with("StreamPodSandboxMetrics "), "{refused}");
 
     let unknown = "0".repeat(64);
     let request = cri::StopPodSandboxRequest { pod_sandbox_id: unknown.clone() };
