@@ -9,11 +9,12 @@ use crate::{
     layers::Layers,
     plan::Plan,
     reaper::Reaper,
+    sandbox::Sandbox,
     seccomp_filter::Filters,
-    spawn::{self, Spawned},
+    spawn::{self, Spawned, Starting},
+    user_namespace::UserNamespace,
     watcher::Watcher,
 };
-use a3s_box_sys::clone3::namespace;
 use rustix::fd::OwnedFd;
 use std::{
     collections::HashMap,
@@ -40,8 +41,8 @@ pub struct Agent {
     pub layers: Layers,
     /// Compiled seccomp profiles.
     pub filters: Filters,
-    /// Set by ConfigureSandbox; the process that holds the pod's PID namespace, if it has one.
-    pub sandbox: OnceLock<Option<OwnedFd>>,
+    /// Set by ConfigureSandbox.
+    pub sandbox: OnceLock<Sandbox>,
     /// ConfigureSandbox has begun.
     pub configuring: Mutex<bool>,
     containers: Mutex<HashMap<String, Slot>>,
@@ -149,14 +150,22 @@ impl Agent {
         namespaces: u64,
         descriptors: Descriptors,
     ) -> Result<Spawned, Error> {
-        spawn::spawn(&self.launcher, &self.reaper, plan, namespaces, descriptors).await
+        self.start_process(plan, namespaces, descriptors).await?.ready().await
     }
 
-    /// Makes the process that holds the pod's PID namespace.
-    pub async fn pause(&self) -> Result<OwnedFd, Error> {
-        let namespaces = namespace::PID | namespace::MOUNT;
-        let pause = self.spawn(&Plan::Pause, namespaces, Descriptors::default()).await?;
-        Ok(pause.pidfd)
+    /// Makes a process that does not get ready without further help.
+    pub async fn start_process(
+        &self,
+        plan: &Plan,
+        namespaces: u64,
+        descriptors: Descriptors,
+    ) -> Result<Starting<'_>, Error> {
+        spawn::start(&self.launcher, &self.reaper, plan, namespaces, descriptors).await
+    }
+
+    /// The pod's user namespace; none: it is the guest's.
+    pub fn user_namespace(&self) -> Option<&UserNamespace> {
+        self.sandbox.get()?.user_namespace.as_ref()
     }
 }
 

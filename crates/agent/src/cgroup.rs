@@ -79,6 +79,17 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Lets another user move processes in it and divide it, as the kernel says a cgroup is handed
+    /// over.
+    pub fn give(&self, uid: u32, gid: u32) -> Result<(), Error> {
+        let files = ["cgroup.procs", "cgroup.threads", "cgroup.subtree_control"];
+        for path in [self.folder.clone()].into_iter().chain(files.map(|file| self.file(file))) {
+            std::os::unix::fs::chown(&path, Some(uid), Some(gid))
+                .step(format_args!("give away {}", path.display()))?;
+        }
+        Ok(())
+    }
+
     /// Its folder in the v1 hierarchy of that controller; `None` where the controller is v2's.
     pub fn v1(&self, controller: &str) -> Option<&Path> {
         self.v1.get(controller).map(PathBuf::as_path)

@@ -5,11 +5,14 @@
 use crate::{
     launcher::{self, Descriptors},
     network,
-    plan::{ContainerPlan, ExecPlan, Failure, FailureKind, Plan, Process, Report, User},
+    plan::{
+        ContainerPlan, ExecPlan, Failure, FailureKind, IdMap, Inner, Plan, PodPlan, Process,
+        Report, User,
+    },
     process, rootfs, users,
 };
 use a3s_box_sys::{
-    clone3::{self, namespace},
+    clone3::{self, Clone3, Cloned, SingleThreaded, namespace},
     exec,
 };
 use rustix::{
@@ -26,6 +29,11 @@ use std::{
 
 /// The byte that lets a child exec.
 pub const GO: u8 = b'g';
+
+/// The namespaces that belong to the pod's user namespace, besides its PID namespace.
+pub const OWNED_BY_POD: u64 = namespace::NET | namespace::IPC | namespace::UTS;
+/// Nobody's user and group id.
+const NOBODY: u32 = 65534;
 
 /// Ends this process, and nothing of the agent's with it.
 pub fn exit(code: i32) -> ! {
@@ -82,11 +90,25 @@ fn work(
     step(rustix::process::setsid(), "setsid")?;
     let stdio = &descriptors.stdio;
     match plan {
-        Plan::Pause => pause(control),
+        Plan::Pause(pod) => pause(control, pod.as_ref()),
         Plan::Container(plan) => {
+            oom_score(plan.process.oom_score_adj)?;
+            enter_cgroups(&plan.cgroup_doors)?;
             let node_mounts = descriptors.node_mounts.take();
-            let user = container(&plan, node_mounts.as_ref().map(OwnedFd::as_fd))?;
+            let user_namespace = descriptors.user_namespace.take();
+            let taken = rootfs::take(
+                &plan,
+                node_mounts.as_ref().map(AsFd::as_fd),
+                user_namespace.as_ref().map(AsFd::as_fd),
+            )?;
             drop(node_mounts);
+            if let Some(inner) = &plan.inner {
+                process::give_stdio(stdio, inner.ids.uid, inner.ids.gid)?;
+                let pod = step(descriptors.target.take().ok_or_else(missing), "pod")?;
+                let pid_namespace = descriptors.pid_namespace.take();
+                go_inside(control, pod.as_fd(), inner, pid_namespace.as_ref().map(AsFd::as_fd))?;
+            }
+            let user = container(&plan, taken)?;
             let master = process::take_stdio(stdio, &plan.process, &user)?;
             if master.is_some() {
                 process::bind_console()?;
@@ -95,7 +117,7 @@ fn work(
         }
         Plan::Exec(plan) => {
             let target = step(descriptors.target.take().ok_or_else(missing), "container")?;
-            join(target.as_fd(), &plan)?;
+            join(target.as_fd(), &plan, stdio)?;
             let master = process::take_stdio(stdio, &plan.process, &plan.user)?;
             ready(control, master, &plan.process, &plan.user, seccomp.as_deref())
         }
@@ -110,10 +132,36 @@ fn read(memfd: OwnedFd) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Goes on as a child, made in the pod's user namespace and the namespaces it owns. Only there may
+/// it make a mount namespace that the container may change, and nothing of the guest is its any more.
+fn go_inside(
+    control: BorrowedFd<'_>,
+    pod: BorrowedFd<'_>,
+    inner: &Inner,
+    pid_namespace: Option<BorrowedFd<'_>>,
+) -> Result<(), Failure> {
+    let what = "enter the pod's user namespace";
+    let proof = step(SingleThreaded::check(), what)?;
+    let mut namespaces = namespace::MOUNT | inner.namespaces;
+    match pid_namespace {
+        // Before the right to look at another process is gone.
+        Some(other) => step(clone3::join(other, namespace::PID), "enter the PID namespace")?,
+        None => namespaces |= namespace::PID,
+    }
+    step(clone3::join(pod, namespace::USER | OWNED_BY_POD), what)?;
+    process::become_root()?;
+    let wish = Clone3 { namespaces, sibling: true, cgroup: None };
+    match step(clone3::clone3(&proof, &wish), what)? {
+        Cloned::Parent { pid, pidfd } => {
+            step(report(control, &Report::Child(pid as i32), Some(pidfd.as_fd())), "report")?;
+            exit(0)
+        }
+        Cloned::Child => step(rustix::process::setsid(), "setsid").map(drop),
+    }
+}
+
 /// Builds the container around this process.
-fn container(plan: &ContainerPlan, node_mounts: Option<BorrowedFd<'_>>) -> Result<User, Failure> {
-    oom_score(plan.process.oom_score_adj)?;
-    enter_cgroups(&plan.cgroup_doors)?;
+fn container(plan: &ContainerPlan, taken: rootfs::Taken) -> Result<User, Failure> {
     // Only now is the new cgroup this process's, and so the root of the namespace.
     step(clone3::unshare(namespace::CGROUP), "cgroup namespace")?;
     if let Some(name) = &plan.hostname {
@@ -125,13 +173,13 @@ fn container(plan: &ContainerPlan, node_mounts: Option<BorrowedFd<'_>>) -> Resul
     if plan.loopback {
         step(network::loopback_up(), "loopback")?;
     }
-    rootfs::enter(plan, node_mounts)?;
-    for (name, value) in &plan.sysctls {
-        crate::sandbox::set_sysctl(Path::new("/proc/sys"), name, value)
-            .map_err(|e| invalid(e.to_string()))?;
-    }
+    rootfs::enter(plan, taken)?;
+    set_sysctls(&plan.sysctls)?;
     rootfs::protect(plan)?;
     let user = users::resolve(&plan.user)?;
+    if let Some(inner) = &plan.inner {
+        is_mapped(&user, inner.ids)?;
+    }
     let cwd = &plan.process.cwd;
     if !cwd.is_absolute() {
         return Err(invalid(format!("working directory {} is not absolute", cwd.display())));
@@ -145,10 +193,40 @@ fn container(plan: &ContainerPlan, node_mounts: Option<BorrowedFd<'_>>) -> Resul
     Ok(user)
 }
 
-fn join(target: BorrowedFd<'_>, plan: &ExecPlan) -> Result<(), Failure> {
+fn set_sysctls(sysctls: &[(String, String)]) -> Result<(), Failure> {
+    for (name, value) in sysctls {
+        crate::sandbox::set_sysctl(Path::new("/proc/sys"), name, value)
+            .map_err(|e| invalid(e.to_string()))?;
+    }
+    Ok(())
+}
+
+/// The kernel knows no others inside.
+fn is_mapped(user: &User, ids: IdMap) -> Result<(), Failure> {
+    let all = [user.uid, user.gid].into_iter().chain(user.groups.iter().copied());
+    match all.max().filter(|id| *id >= ids.length) {
+        None => Ok(()),
+        Some(id) => Err(invalid(format!(
+            "user or group {id} is outside the pod's user namespace, which has ids 0 to {}",
+            ids.length - 1
+        ))),
+    }
+}
+
+fn join(
+    target: BorrowedFd<'_>,
+    plan: &ExecPlan,
+    stdio: &[Option<OwnedFd>; 3],
+) -> Result<(), Failure> {
     oom_score(plan.process.oom_score_adj)?;
     enter_cgroups(&plan.cgroup_doors)?;
+    if let Some(ids) = plan.ids {
+        process::give_stdio(stdio, ids.uid, ids.gid)?;
+    }
     step(clone3::join(target, plan.namespaces), "join the container's namespaces")?;
+    if plan.ids.is_some() {
+        process::become_root()?;
+    }
     step(rustix::process::chdir("/"), "chdir /")
 }
 
@@ -179,13 +257,19 @@ fn ready(
     let message = Report::Ready(user.clone());
     step(report(control, &message, master.as_ref().map(OwnedFd::as_fd)), "report")?;
     drop(master);
+    wait_for_word(control)?;
+    process::become_program(process, user, seccomp)
+}
+
+/// Waits for the agent's word; when that never comes, this process ends.
+fn wait_for_word(control: BorrowedFd<'_>) -> Result<(), Failure> {
     let mut word = [0];
     let (length, _) =
-        step(launcher::receive(control, &mut word, RecvFlags::empty()), "wait for the start")?;
+        step(launcher::receive(control, &mut word, RecvFlags::empty()), "wait for the word")?;
     if length == 0 || word != [GO] {
         exit(1);
     }
-    process::become_program(process, user, seccomp)
+    Ok(())
 }
 
 fn report(control: BorrowedFd<'_>, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
@@ -193,13 +277,26 @@ fn report(control: BorrowedFd<'_>, report: &Report, fd: Option<BorrowedFd<'_>>) 
     launcher::send(control, &serde_json::to_vec(report)?, &fds)
 }
 
-/// Holds a PID namespace: reaps what falls to it, sees nothing, can do nothing.
-fn pause(control: BorrowedFd<'_>) -> Result<std::convert::Infallible, Failure> {
+/// Holds namespaces: reaps what falls to it, sees nothing, can do nothing.
+fn pause(
+    control: BorrowedFd<'_>,
+    pod: Option<&PodPlan>,
+) -> Result<std::convert::Infallible, Failure> {
     exec::reap_automatically();
     step(rustix::thread::set_name(c"pause"), "name")?;
+    let mut nobody = NOBODY;
+    if let Some(PodPlan { ids, hostname, sysctls }) = pod {
+        // Until the agent has mapped its ids and given it a network.
+        wait_for_word(control)?;
+        process::become_root()?;
+        let what = format_args!("hostname {hostname:?}");
+        step(rustix::system::sethostname(hostname.as_bytes()), what)?;
+        set_sysctls(sysctls)?;
+        nobody = nobody.min(ids.length - 1);
+    }
     // Whoever may look through /proc/1/root of the pod finds an empty folder.
     rootfs::enter_empty(Path::new("/proc"))?;
-    process::drop_everything()?;
+    process::drop_everything(nobody)?;
     // Nothing else would end it if the agent is killed.
     step(
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)),

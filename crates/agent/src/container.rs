@@ -11,11 +11,12 @@
 use crate::{
     agent::{Agent, blocking},
     cgroup::Cgroup,
+    child::OWNED_BY_POD,
     config::Boundary,
     error::{Error, Step},
     launcher::Descriptors,
     limits,
-    plan::{ContainerPlan, Plan, Process, User, WantedUser},
+    plan::{ContainerPlan, IdMap, Inner, Mount, MountKind, Plan, Process, User, WantedUser},
     reaper::{Ended, now},
     seccomp_filter::Filter,
     spawn::Gate,
@@ -23,7 +24,7 @@ use crate::{
     streams::{self, Stdin, Streams},
 };
 use a3s_box_api::agent::v1 as api;
-use a3s_box_sys::{clone3::namespace, signal};
+use a3s_box_sys::{clone3::namespace, mount_attr::flag, signal};
 use a3s_box_types::ContainerId;
 use oci_spec::runtime::LinuxResources;
 use rustix::{
@@ -32,6 +33,7 @@ use rustix::{
 };
 use std::{
     fs, io,
+    os::unix::fs::chown,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -70,6 +72,8 @@ pub struct Container {
     pub user: User,
     /// Namespaces an exec joins.
     pub namespaces: u64,
+    /// The ids of its user namespace, if that is not the guest's.
+    pub ids: Option<IdMap>,
     /// What its processes may ask the kernel for.
     pub filter: Option<Filter>,
     state: watch::Sender<State>,
@@ -121,7 +125,7 @@ async fn make(
             return Err(Error::Unsupported("the node's PID namespace in a guest".to_owned()));
         }
         api::PidMode::Pod => {
-            let pause = sandbox.as_ref();
+            let pause = sandbox.pid_namespace.as_ref();
             let missing = || Error::NotNow("the sandbox has no shared PID namespace".to_owned());
             PidNamespace::Of(pause.ok_or_else(missing)?.try_clone().step("PID namespace")?)
         }
@@ -179,6 +183,9 @@ fn prepare(
     files: &mut Files,
 ) -> Result<Prepared, Error> {
     let mut spec = spec::read(&request.oci_spec, &agent.config)?;
+    if spec.ids != agent.user_namespace().map(|namespace| namespace.ids) {
+        return Err(Error::invalid("oci_spec: its user namespace is not the sandbox's"));
+    }
     if request.layers.is_empty() {
         return Err(Error::invalid("layers is empty"));
     }
@@ -195,6 +202,17 @@ fn prepare(
     for folder in [&upper, &work] {
         fs::create_dir_all(folder).step(format_args!("writable layer {}", folder.display()))?;
     }
+    if let Some(ids) = spec.ids {
+        chown(&upper, Some(ids.uid), Some(ids.gid)).step("writable layer")?;
+        // Who may write there is also to have something to write.
+        let writable = |mount: &Mount| {
+            matches!(&mount.kind, MountKind::New { kind, .. } if kind == "cgroup2")
+                && mount.changes.iter().all(|change| change.set & flag::RDONLY == 0)
+        };
+        if spec.mounts.iter().any(writable) {
+            files.cgroup.give(ids.uid, ids.gid)?;
+        }
+    }
     spec.process.seccomp_flags = filter.as_ref().map_or(0, |filter| filter.flags);
     Ok(Prepared {
         cgroup: files.cgroup.open()?,
@@ -202,6 +220,7 @@ fn prepare(
         filter,
         plan: ContainerPlan {
             cgroup_doors: files.cgroup.doors(),
+            inner: spec.ids.map(|ids| Inner { ids, namespaces: spec.namespaces }),
             staging: agent.config.staging(),
             layers,
             upper,
@@ -237,6 +256,7 @@ async fn first_process(
 ) -> Result<(Arc<Container>, api::CreateContainerResponse), Error> {
     let Prepared { plan, filter, namespaces, cgroup } = prepared;
     let process = plan.process.clone();
+    let ids = plan.inner.as_ref().map(|inner| inner.ids);
     let (stdio, streams) = if process.terminal {
         (Default::default(), None)
     } else {
@@ -248,16 +268,24 @@ async fn first_process(
         PidNamespace::Node => (0, None),
         PidNamespace::Of(process) => (0, Some(process)),
     };
+    let pod = agent.user_namespace();
+    // Inside a user namespace the process makes the rest by itself.
+    let (first, all) = match pod {
+        Some(_) => (namespace::MOUNT, namespaces | namespace::USER | OWNED_BY_POD),
+        None => (namespaces | new_pid, namespaces),
+    };
     let descriptors = Descriptors {
         stdio,
         seccomp: duplicate(filter.as_ref())?,
         pid_namespace,
+        target: duplicate_fd(pod.map(|pod| &pod.pidfd))?,
+        user_namespace: duplicate_fd(pod.map(|pod| &pod.file))?,
         cgroup: Some(cgroup),
         node_mounts: duplicate_fd(agent.node_mounts.as_ref())?,
         ..Descriptors::default()
     };
     let plan = Plan::Container(Box::new(plan));
-    let init = agent.spawn(&plan, namespaces | new_pid, descriptors).await?;
+    let init = agent.spawn(&plan, first, descriptors).await?;
     let streams = match (streams, init.terminal) {
         (Some(streams), _) => streams,
         (None, Some(master)) => streams::terminal(master)?,
@@ -275,7 +303,8 @@ async fn first_process(
         init: init.pidfd,
         process,
         user: init.user,
-        namespaces: namespaces | namespace::CGROUP,
+        namespaces: all | namespace::CGROUP,
+        ids,
         filter,
         state: watch::Sender::new(State::Created),
         gate: AsyncMutex::new(Some(init.gate)),

@@ -109,6 +109,7 @@ async fn inside(
     let plan = ExecPlan {
         cgroup_doors: container.cgroup.doors(),
         namespaces: container.namespaces,
+        ids: container.ids,
         user: container.user.clone(),
         process,
     };

@@ -33,17 +33,21 @@ pub struct Descriptors {
     pub stdio: [Option<OwnedFd>; 3],
     /// Memfd with the compiled seccomp filter.
     pub seccomp: Option<OwnedFd>,
-    /// pidfd of the container's init, whose namespaces are joined.
+    /// pidfd of the container's init, whose namespaces are joined; with `user_namespace`, of the
+    /// process that holds the pod's.
     pub target: Option<OwnedFd>,
-    /// pidfd of a process in the PID namespace to start in.
+    /// pidfd of a process in the PID namespace to start in. With `user_namespace` the child does
+    /// that itself, once it is in there.
     pub pid_namespace: Option<OwnedFd>,
+    /// The pod's user namespace, in which a container is made.
+    pub user_namespace: Option<OwnedFd>,
     /// Folder of the cgroup to start in.
     pub cgroup: Option<OwnedFd>,
     /// The node's mount namespace.
     pub node_mounts: Option<OwnedFd>,
 }
 
-const SLOTS: usize = 10;
+const SLOTS: usize = 11;
 
 impl Descriptors {
     fn slots(&mut self) -> [&mut Option<OwnedFd>; SLOTS] {
@@ -57,6 +61,7 @@ impl Descriptors {
             &mut self.seccomp,
             &mut self.target,
             &mut self.pid_namespace,
+            &mut self.user_namespace,
             &mut self.cgroup,
             &mut self.node_mounts,
         ]
@@ -125,7 +130,6 @@ fn run(proof: &SingleThreaded, socket: OwnedFd) -> ! {
             Ok(Cloned::Child) => {
                 drop(socket);
                 drop(own);
-                descriptors.pid_namespace = None;
                 descriptors.cgroup = None;
                 child::run(descriptors)
             }
@@ -161,7 +165,9 @@ fn launch(
     namespaces: u64,
     descriptors: &Descriptors,
 ) -> io::Result<Cloned> {
-    if let Some(target) = &descriptors.pid_namespace {
+    let pid_namespace =
+        descriptors.pid_namespace.as_ref().filter(|_| descriptors.user_namespace.is_none());
+    if let Some(target) = pid_namespace {
         clone3::join(target.as_fd(), namespace::PID)?;
     }
     let wish = Clone3 {
@@ -170,7 +176,7 @@ fn launch(
         cgroup: descriptors.cgroup.as_ref().map(OwnedFd::as_fd),
     };
     let made = clone3::clone3(proof, &wish);
-    if descriptors.pid_namespace.is_some() && !matches!(made, Ok(Cloned::Child)) {
+    if pid_namespace.is_some() && !matches!(made, Ok(Cloned::Child)) {
         clone3::join(own, namespace::PID)?;
     }
     made

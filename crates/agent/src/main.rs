@@ -39,6 +39,7 @@ mod spawn;
 mod spec;
 mod stats;
 mod streams;
+mod user_namespace;
 mod users;
 mod watcher;
 
@@ -197,10 +198,10 @@ async fn end(agent: &Arc<Agent>) -> Result<(), Error> {
     for id in agent.ids() {
         results.push(container::remove(agent, &id).await);
     }
-    if let Some(pause) = agent.sandbox.get() {
+    if let Some(sandbox) = agent.sandbox.get() {
         let detach = rustix::mount::UnmountFlags::DETACH;
         results.push(rustix::mount::unmount(agent.config.shm(), detach).step("unmount shm"));
-        if let Some(pause) = pause {
+        if let Some(pause) = &sandbox.pid_namespace {
             results.push(a3s_box_sys::pidfd::kill(pause).step("end the pause process"));
         }
     }

@@ -3,7 +3,7 @@
 use crate::{
     config::{Boundary, Config},
     error::Error,
-    plan::{Mount, MountKind, SerdeChange},
+    plan::{IdMap, Mount, MountKind, SerdeChange},
 };
 use a3s_box_sys::mount_attr::{flag, propagation};
 use oci_spec::runtime as oci;
@@ -12,15 +12,16 @@ use std::path::{Path, PathBuf};
 /// File systems a spec may ask for; binds are the rest.
 const KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "ramfs"];
 
-/// The mounts in order. A mount of the spec replaces the default at the same place, in its place.
+/// The mounts in order; `ids` are those of the container's user namespace. A mount of the spec replaces the default at the same place, in its place.
 pub fn read(
     spec: &[oci::Mount],
     config: &Config,
     readonly_root: bool,
+    ids: Option<IdMap>,
 ) -> Result<Vec<Mount>, Error> {
     let mut asked = Vec::with_capacity(spec.len());
     for mount in spec {
-        asked.push(read_one(mount, config.boundary)?);
+        asked.push(read_one(mount, config.boundary, ids)?);
     }
     let mut all = Vec::new();
     for default in defaults(config, readonly_root) {
@@ -52,6 +53,7 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
                 .collect(),
         },
         changes: vec![SerdeChange { set, ..SerdeChange::default() }],
+        mapped: true,
     };
     let bind = |destination: &str, source: PathBuf, set: u64| Mount {
         destination: destination.into(),
@@ -60,6 +62,7 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
             SerdeChange { set, ..SerdeChange::default() },
             SerdeChange { propagation: propagation::PRIVATE, ..SerdeChange::default() },
         ],
+        mapped: true,
     };
     let quiet = flag::NOSUID | flag::NODEV | flag::NOEXEC;
     let file = if readonly_root { flag::RDONLY } else { 0 };
@@ -92,11 +95,16 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
     ]
 }
 
-fn read_one(mount: &oci::Mount, boundary: Boundary) -> Result<Mount, Error> {
+fn read_one(mount: &oci::Mount, boundary: Boundary, ids: Option<IdMap>) -> Result<Mount, Error> {
     let destination = normal(mount.destination())?;
     let what = format!("mount {}", destination.display());
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        return Err(Error::Unsupported(format!("{what}: an id-mapped mount")));
+    let (uids, gids) = (mount.uid_mappings(), mount.gid_mappings());
+    let (uids, gids) = (uids.as_deref().unwrap_or_default(), gids.as_deref().unwrap_or_default());
+    let mapped = !uids.is_empty() || !gids.is_empty();
+    if mapped && Some(IdMap::of_spec(&what, uids, gids)?) != ids {
+        return Err(Error::Unsupported(format!(
+            "{what}: a mapping of ids that is not the container's own"
+        )));
     }
     let kind = mount.typ().as_deref().unwrap_or("bind");
     let mut options = Options::default();
@@ -126,6 +134,7 @@ fn read_one(mount: &oci::Mount, boundary: Boundary) -> Result<Mount, Error> {
             destination,
             kind: MountKind::Bind { source, recursive, from_node },
             changes: options.changes(),
+            mapped,
         });
     }
     // One hierarchy is all there is; the old name is what specs have.
@@ -144,6 +153,7 @@ fn read_one(mount: &oci::Mount, boundary: Boundary) -> Result<Mount, Error> {
             options: std::mem::take(&mut options.rest),
         },
         changes: options.changes(),
+        mapped: true,
     })
 }
 
@@ -254,9 +264,11 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    const IDS: IdMap = IdMap { uid: 1000, gid: 2000, length: 65536 };
+
     fn read_json(mounts: Value) -> Result<Vec<Mount>, Error> {
         let mounts: Vec<oci::Mount> = serde_json::from_value(mounts).unwrap();
-        read(&mounts, &Config::guest(), false)
+        read(&mounts, &Config::guest(), false, Some(IDS))
     }
 
     fn at<'a>(mounts: &'a [Mount], destination: &str) -> Vec<&'a Mount> {
@@ -304,7 +316,7 @@ mod tests {
         .unwrap();
         let host = Config { boundary: Boundary::Host, ..Config::guest() };
         for (config, expected) in [(host, [true, false]), (Config::guest(), [false, false])] {
-            let mounts = read(&mounts, &config, false).unwrap();
+            let mounts = read(&mounts, &config, false, None).unwrap();
             let from_node = ["/v", "/w"].map(|place| match at(&mounts, place)[0].kind {
                 MountKind::Bind { from_node, .. } => from_node,
                 MountKind::New { .. } => panic!("a bind"),
@@ -338,6 +350,20 @@ mod tests {
                 SerdeChange { propagation: propagation::SLAVE, recursive: true, ..none }
             ]
         );
+    }
+
+    #[test]
+    fn a_mount_is_mapped_as_its_container_or_not_at_all() {
+        let mapping = |host: u32| json!([{ "containerID": 0, "hostID": host, "size": IDS.length }]);
+        let mount = |uids: Value, gids: Value| {
+            read_json(json!([
+                { "destination": "/v", "source": "/s", "uidMappings": uids, "gidMappings": gids }
+            ]))
+        };
+        assert!(at(&mount(mapping(1000), mapping(2000)).unwrap(), "/v")[0].mapped);
+        assert!(!at(&mount(json!([]), json!([])).unwrap(), "/v")[0].mapped);
+        let error = mount(mapping(1000), mapping(1000)).unwrap_err().to_string();
+        assert!(error.contains("mount /v: a mapping of ids"), "{error}");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use netlink_packet_route::{
 use rustix::{
     fd::OwnedFd,
     net::{AddressFamily as Family, RecvFlags, SendFlags, SocketFlags, SocketType, netlink},
+    process::Pid,
 };
 use std::{
     collections::HashMap,
@@ -35,6 +36,20 @@ pub fn loopback_up() -> io::Result<()> {
     let links = netlink.links()?;
     let loopback = links.iter().find(|link| link.loopback).ok_or(io::ErrorKind::NotFound)?;
     netlink.set_link(loopback.index, Vec::new(), true)
+}
+
+/// Gives the cards that `network` is about to the network namespace of the process `to`.
+pub fn hand_over(network: &api::Network, to: Pid) -> Result<(), Error> {
+    let mut netlink = Netlink::open().step("netlink")?;
+    let links = netlink.links().step("list the interfaces")?;
+    let cards = links.iter().filter(|link| !link.loopback).take(network.interfaces.len());
+    for card in cards {
+        let to = LinkAttribute::NetNsPid(to.as_raw_nonzero().get() as u32);
+        netlink
+            .set_link(card.index, vec![to], false)
+            .step(format_args!("give {} to the pod", card.name))?;
+    }
+    Ok(())
 }
 
 /// Takes over a pod's network. The first interface of the request is the guest's first, and so on.

@@ -14,8 +14,46 @@ pub enum Plan {
     Container(Box<ContainerPlan>),
     /// Become one more process of a container.
     Exec(Box<ExecPlan>),
-    /// Hold the pod's PID namespace as its process 1.
-    Pause,
+    /// Hold the pod's PID namespace as its process 1, and its user namespace if it has one.
+    Pause(Option<PodPlan>),
+}
+
+impl Plan {
+    /// Whether the process that does it is a child of the one that is made first.
+    pub fn goes_on_in_a_child(&self) -> bool {
+        matches!(self, Self::Container(plan) if plan.inner.is_some())
+    }
+}
+
+/// What the pod's user namespace is and what is set in the namespaces it owns.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PodPlan {
+    /// Its ids.
+    pub ids: IdMap,
+    /// The pod's.
+    pub hostname: String,
+    /// Those of the network and IPC namespaces: name with dots, value.
+    pub sysctls: Vec<(String, String)>,
+}
+
+/// Ids 0 to `length - 1` of the pod's user namespace are these and up of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// The pod's user 0.
+    pub uid: u32,
+    /// The pod's group 0.
+    pub gid: u32,
+    /// How many.
+    pub length: u32,
+}
+
+/// How a container is made in the pod's user namespace.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Inner {
+    /// The pod's ids.
+    pub ids: IdMap,
+    /// New namespaces besides the mount namespace (`clone3::namespace` bits).
+    pub namespaces: u64,
 }
 
 /// A container's file system, identity and first process.
@@ -23,6 +61,8 @@ pub enum Plan {
 pub struct ContainerPlan {
     /// Files of cgroup v1 hierarchies to write `0` to, to enter.
     pub cgroup_doors: Vec<PathBuf>,
+    /// In the pod's user namespace.
+    pub inner: Option<Inner>,
     /// Where the container's root is mounted before it becomes the root.
     pub staging: PathBuf,
     /// Mounted layers, the highest first.
@@ -66,6 +106,8 @@ pub struct ExecPlan {
     pub cgroup_doors: Vec<PathBuf>,
     /// Which of init's namespaces to join besides its PID namespace (`clone3::namespace` bits).
     pub namespaces: u64,
+    /// The ids of its user namespace, if that is not the guest's.
+    pub ids: Option<IdMap>,
     /// As init's.
     pub user: User,
     /// What to run.
@@ -81,6 +123,8 @@ pub struct Mount {
     pub kind: MountKind,
     /// Flags, applied in order.
     pub changes: Vec<SerdeChange>,
+    /// Its files' owners are ids of the pod's user namespace.
+    pub mapped: bool,
 }
 
 /// What is mounted.
@@ -240,6 +284,8 @@ pub struct Capabilities {
 pub enum Report {
     /// Everything is in place; waiting for the word to exec. With a terminal, its master comes along.
     Ready(User),
+    /// It goes on in a child, whose pidfd comes along, and is about to exit.
+    Child(i32),
     /// It failed and is about to exit.
     Failed(Failure),
 }

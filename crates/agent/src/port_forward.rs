@@ -1,16 +1,24 @@
 //! PortForward: one connection to a port inside the pod.
 
-use crate::error::{Error, Step};
+use crate::{
+    agent::{Agent, blocking},
+    error::{Error, Step},
+};
 use a3s_box_api::agent::v1 as api;
 use bytes::Bytes;
+use rustix::{
+    fd::OwnedFd,
+    net::{AddressFamily, SocketFlags, SocketType, socket_with},
+};
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
-        TcpStream,
+        TcpSocket, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::mpsc,
@@ -24,7 +32,7 @@ const CHUNK: usize = 32 << 10;
 pub type Answer = Result<api::PortOutput, Status>;
 
 /// Connects to the port on the pod's loopback, IPv4 first as the peers do.
-pub async fn connect(port: u32) -> Result<TcpStream, Error> {
+pub async fn connect(agent: &Arc<Agent>, port: u32) -> Result<TcpStream, Error> {
     let port = u16::try_from(port).ok().filter(|port| *port > 0);
     let port = port.ok_or_else(|| Error::invalid("port is not between 1 and 65535"))?;
     let addresses = [
@@ -33,7 +41,7 @@ pub async fn connect(port: u32) -> Result<TcpStream, Error> {
     ];
     let mut refused = io::Error::from(io::ErrorKind::ConnectionRefused);
     for address in addresses {
-        match TcpStream::connect(address).await {
+        match socket(agent, address).await?.connect(address).await {
             Ok(stream) => {
                 // Interactive traffic must not wait for more of it.
                 stream.set_nodelay(true).ok();
@@ -44,6 +52,26 @@ pub async fn connect(port: u32) -> Result<TcpStream, Error> {
         }
     }
     Err(refused).step(format_args!("dial tcp {}", addresses[0]))
+}
+
+/// A socket in the pod's network namespace.
+async fn socket(agent: &Arc<Agent>, to: SocketAddr) -> Result<TcpSocket, Error> {
+    let open = move || -> io::Result<OwnedFd> {
+        let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        Ok(socket_with(family, SocketType::STREAM, flags, None)?)
+    };
+    let socket = if agent.user_namespace().is_some() {
+        let agent = Arc::clone(agent);
+        blocking(move || match agent.user_namespace() {
+            Some(namespace) => namespace.in_network(open).flatten().step("socket"),
+            None => open().step("socket"),
+        })
+        .await?
+    } else {
+        open().step("socket")?
+    };
+    Ok(TcpSocket::from_std_stream(socket.into()))
 }
 
 /// Carries both ways until the pod's side has closed or the caller is gone.

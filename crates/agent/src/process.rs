@@ -40,15 +40,35 @@ pub fn take_stdio(
     for (number, stream) in (0..).zip(stdio) {
         let Some(stream) = stream else { continue };
         // So that a program of another user may open /dev/stdout. Not on a device the pod shares.
-        let stat = step(rustix::fs::fstat(stream), "standard streams")?;
-        if user.uid != 0
-            && rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo
-        {
+        if user.uid != 0 && is_pipe(stream)? {
             step(rustix::fs::fchown(stream, owner, None), "owner of the standard streams")?;
         }
         step(exec::set_stdio(stream.as_fd(), number), "standard streams")?;
     }
     Ok(None)
+}
+
+/// Gives the pipes among the standard streams to another user: from inside a user namespace, files
+/// of the guest's users cannot be changed.
+pub fn give_stdio(stdio: &[Option<OwnedFd>; 3], uid: u32, gid: u32) -> Result<(), Failure> {
+    let owner = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+    for stream in stdio.iter().flatten() {
+        if is_pipe(stream)? {
+            let given = rustix::fs::fchown(stream, Some(owner.0), Some(owner.1));
+            step(given, "owner of the standard streams")?;
+        }
+    }
+    Ok(())
+}
+
+fn is_pipe(stream: &OwnedFd) -> Result<bool, Failure> {
+    let stat = step(rustix::fs::fstat(stream), "standard streams")?;
+    Ok(rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo)
+}
+
+/// Becomes user 0 of the user namespace that was just entered.
+pub fn become_root() -> Result<(), Failure> {
+    become_user(&User::default())
 }
 
 fn terminal(process: &Process, user: &User) -> Result<OwnedFd, Failure> {
@@ -153,9 +173,9 @@ pub fn become_program(
     }
 }
 
-/// Leaves every group, user and capability behind.
-pub fn drop_everything() -> Result<(), Failure> {
-    let nobody = User { uid: 65534, gid: 65534, groups: Vec::new() };
+/// Leaves every group, user and capability behind, as user and group `nobody`.
+pub fn drop_everything(nobody: u32) -> Result<(), Failure> {
+    let nobody = User { uid: nobody, gid: nobody, groups: Vec::new() };
     limit_bounding_set(0)?;
     become_user(&nobody)?;
     let none = CapabilitySet::empty();

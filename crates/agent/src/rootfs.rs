@@ -1,5 +1,9 @@
 //! A container's file system, made in its own mount namespace by its first process.
 //!
+//! With a user namespace the work is divided: what is the guest's is taken while the process still
+//! belongs to the guest ([`take`]), the rest is done inside ([`enter`]). Layers and volumes are shown
+//! through id-mapped mounts; new files of the rootfs lie in the writable layer with the guest's ids.
+//!
 //! Everything that comes from the guest is turned into detached mounts first; then overlay becomes
 //! the root and the guest's tree is gone; only then are the mounts put in place. So a link in an
 //! image is always resolved inside the container, and no path check is needed.
@@ -30,32 +34,95 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// Makes the container's root this process's root, with all mounts and devices.
-pub fn enter(plan: &ContainerPlan, node_mounts: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
+const DEV: &str = "/dev";
+
+/// A container's root and mounts, which are nowhere yet.
+#[derive(Debug)]
+pub struct Taken {
+    root: OwnedFd,
+    /// As the plan's mounts. None: it has to be made in the container's namespaces.
+    trees: Vec<Option<OwnedFd>>,
+}
+
+/// Takes what needs the guest's rights, and cuts the mount namespace off from the guest's.
+pub fn take(
+    plan: &ContainerPlan,
+    node_mounts: Option<BorrowedFd<'_>>,
+    user_namespace: Option<BorrowedFd<'_>>,
+) -> Result<Taken, Failure> {
     let mut trees = Vec::with_capacity(plan.mounts.len());
     for wanted in &plan.mounts {
-        let from_node = matches!(wanted.kind, MountKind::Bind { from_node: true, .. });
-        trees.push(if from_node { of_node(wanted, node_mounts)? } else { detached(wanted)? });
+        let devices = plan.standard_devices && wanted.destination == Path::new(DEV);
+        let inside = matches!(wanted.kind, MountKind::New { .. }) && !devices;
+        let tree = if inside && user_namespace.is_some() {
+            None
+        } else {
+            let from_node = matches!(wanted.kind, MountKind::Bind { from_node: true, .. });
+            let tree = if from_node { of_node(wanted, node_mounts)? } else { detached(wanted)? };
+            if devices {
+                fill_dev(&tree, &plan.devices)?;
+            }
+            if let Some(namespace) = user_namespace.filter(|_| wanted.mapped) {
+                let what = format_args!("mount {}: map ids", wanted.destination.display());
+                step(mount_attr::map_ids(tree.as_fd(), namespace), what)?;
+            }
+            set_flags(&tree, wanted)?;
+            Some(tree)
+        };
+        trees.push(tree);
     }
-    let root = overlay(plan)?;
     // After the trees were taken, so that a shared volume is still its source's peer.
     step(
         mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC),
         "cut the mount namespace off",
     )?;
+    if let Some(namespace) = user_namespace {
+        for layer in &plan.layers {
+            cover_mapped(layer, namespace)?;
+        }
+    }
+    Ok(Taken { root: overlay(plan)?, trees })
+}
+
+/// Puts an id-mapped mount of a layer in its place, in this process's mount namespace.
+fn cover_mapped(layer: &Path, user_namespace: BorrowedFd<'_>) -> Result<(), Failure> {
+    let what = format!("map ids of the layer {}", layer.display());
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = step(open_tree(CWD, layer, flags), &what)?;
+    step(mount_attr::map_ids(tree.as_fd(), user_namespace), &what)?;
+    attach(&tree, layer, "layer")
+}
+
+/// Makes the container's root this process's root, with all mounts and devices.
+pub fn enter(plan: &ContainerPlan, taken: Taken) -> Result<(), Failure> {
+    let Taken { root, trees } = taken;
+    let mut all = Vec::with_capacity(trees.len());
+    for (wanted, tree) in plan.mounts.iter().zip(trees) {
+        all.push(match tree {
+            Some(tree) => tree,
+            // Before the guest's own are gone: the kernel makes no proc or sysfs for a user
+            // namespace that cannot see one already.
+            None => {
+                let tree = detached(wanted)?;
+                set_flags(&tree, wanted)?;
+                tree
+            }
+        });
+    }
     attach(&root, &plan.staging, "rootfs")?;
     drop(root);
     pivot(&plan.staging)?;
-    for (wanted, tree) in plan.mounts.iter().zip(trees) {
+    for (wanted, tree) in plan.mounts.iter().zip(all) {
         let target = mountpoint(&wanted.destination, &tree)?;
         attach(&tree, &target, &wanted.destination.display().to_string())?;
     }
     rustix::process::umask(Mode::empty());
-    if plan.standard_devices {
-        standard_devices()?;
-    }
     for device in &plan.devices {
-        make_device(device)?;
+        // Those of a new /dev are there already.
+        if !plan.standard_devices || !device.path.starts_with(DEV) {
+            let what = format!("device {}", device.path.display());
+            make_device(CWD, &step(resolve(&device.path), what)?, device)?;
+        }
     }
     rustix::process::umask(Mode::from_raw_mode(0o022));
     if plan.root_propagation != propagation::PRIVATE {
@@ -146,7 +213,7 @@ fn of_node(wanted: &Mount, node_mounts: Option<BorrowedFd<'_>>) -> Result<OwnedF
     tree
 }
 
-/// A mount that is nowhere yet.
+/// A mount that is nowhere yet, without its flags.
 fn detached(wanted: &Mount) -> Result<OwnedFd, Failure> {
     let what = format!("mount {}", wanted.destination.display());
     let tree = match &wanted.kind {
@@ -163,10 +230,15 @@ fn detached(wanted: &Mount) -> Result<OwnedFd, Failure> {
             step(new_file_system(kind, source, options), format_args!("{what} of type {kind}"))?
         }
     };
-    for change in &wanted.changes {
-        step(mount_attr::change(tree.as_fd(), (*change).into()), format_args!("{what}: flags"))?;
-    }
     Ok(tree)
+}
+
+fn set_flags(tree: &OwnedFd, wanted: &Mount) -> Result<(), Failure> {
+    for change in &wanted.changes {
+        let what = format_args!("mount {}: flags", wanted.destination.display());
+        step(mount_attr::change(tree.as_fd(), (*change).into()), what)?;
+    }
+    Ok(())
 }
 
 fn new_file_system(
@@ -294,7 +366,10 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
     Ok(done)
 }
 
-fn standard_devices() -> Result<(), Failure> {
+/// Puts device nodes and links into a new /dev. It need not be mounted anywhere, and so the guest
+/// can do it before a user namespace is entered that may make no nodes.
+fn fill_dev(dev: &OwnedFd, devices: &[Device]) -> Result<(), Failure> {
+    rustix::process::umask(Mode::empty());
     for (name, major, minor) in [
         ("null", 1, 3),
         ("zero", 1, 5),
@@ -303,51 +378,59 @@ fn standard_devices() -> Result<(), Failure> {
         ("urandom", 1, 9),
         ("tty", 5, 0),
     ] {
-        make_device(&Device {
-            path: Path::new("/dev").join(name),
+        let device = Device {
+            path: Path::new(DEV).join(name),
             kind: DeviceKind::Char,
             major,
             minor,
             mode: 0o666,
             uid: 0,
             gid: 0,
-        })?;
+        };
+        make_device(dev, Path::new(name), &device)?;
     }
     for (link, to) in [
-        ("/dev/fd", "/proc/self/fd"),
-        ("/dev/stdin", "/proc/self/fd/0"),
-        ("/dev/stdout", "/proc/self/fd/1"),
-        ("/dev/stderr", "/proc/self/fd/2"),
-        ("/dev/ptmx", "pts/ptmx"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
     ] {
-        match rustix::fs::symlink(to, link) {
-            Err(Errno::EXIST) => {}
-            result => step(result, link)?,
+        step(rustix::fs::symlinkat(to, dev, link), format_args!("/dev/{link}"))?;
+    }
+    for device in devices {
+        if let Ok(name) = device.path.strip_prefix(DEV) {
+            make_device(dev, name, device)?;
         }
     }
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(())
 }
 
-fn make_device(device: &Device) -> Result<(), Failure> {
+/// Makes a node at `target` below `folder`. A mount or node that is there already is stronger.
+fn make_device(folder: impl AsFd, target: &Path, device: &Device) -> Result<(), Failure> {
     let what = format!("device {}", device.path.display());
-    let target = step(resolve(&device.path), &what)?;
-    if let Some(parent) = target.parent() {
-        step(fs::create_dir_all(parent), &what)?;
+    let mut parents: Vec<_> = target.ancestors().skip(1).collect();
+    parents.retain(|parent| !matches!(parent.to_str(), Some("" | "/")));
+    for parent in parents.into_iter().rev() {
+        match rustix::fs::mkdirat(&folder, parent, Mode::from_raw_mode(0o755)) {
+            Err(Errno::EXIST) => {}
+            result => step(result, &what)?,
+        }
     }
     let (kind, number) = match device.kind {
         DeviceKind::Block => (FileType::BlockDevice, makedev(device.major, device.minor)),
         DeviceKind::Char => (FileType::CharacterDevice, makedev(device.major, device.minor)),
         DeviceKind::Fifo => (FileType::Fifo, 0),
     };
-    match rustix::fs::mknodat(CWD, &target, kind, Mode::from_raw_mode(device.mode), number) {
-        // A mount of the request is already there and stronger.
+    match rustix::fs::mknodat(&folder, target, kind, Mode::from_raw_mode(device.mode), number) {
         Err(Errno::EXIST) => return Ok(()),
         result => step(result, &what)?,
     }
     let (uid, gid) = (rustix::fs::Uid::from_raw(device.uid), rustix::fs::Gid::from_raw(device.gid));
     if device.uid != 0 || device.gid != 0 {
         step(
-            rustix::fs::chownat(CWD, &target, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW),
+            rustix::fs::chownat(&folder, target, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW),
             &what,
         )?;
     }

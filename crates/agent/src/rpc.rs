@@ -139,7 +139,7 @@ impl agent_server::Agent for Service {
     ) -> Result<Response<Self::PortForwardStream>, Status> {
         let mut inputs = request.into_inner();
         let first = inputs.message().await?.ok_or_else(|| Error::invalid("no port was named"))?;
-        let stream = port_forward::connect(first.port).await?;
+        let stream = port_forward::connect(&self.0, first.port).await?;
         let (answers, receiver) = mpsc::channel(WAITING);
         tokio::spawn(port_forward::run(stream, first, inputs, answers));
         Ok(Response::new(ReceiverStream::new(receiver)))

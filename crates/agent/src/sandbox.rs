@@ -2,13 +2,18 @@
 
 use crate::{
     agent::{Agent, blocking},
+    child::OWNED_BY_POD,
     config::{Boundary, Config},
     error::{Error, Step},
+    launcher::Descriptors,
     network,
+    plan::{IdMap, Plan, PodPlan},
+    user_namespace::UserNamespace,
 };
 use a3s_box_api::agent::v1 as api;
 use a3s_box_sys::clone3::namespace;
 use rustix::{
+    fd::OwnedFd,
     mount::{MountFlags, mount, mount_bind},
     time::{ClockId, Timespec, clock_settime},
 };
@@ -24,6 +29,15 @@ const DEFAULT_SHM: u64 = 64 << 20;
 const LEAST_ENTROPY: usize = 32;
 const NANOS: i64 = 1_000_000_000;
 
+/// What ConfigureSandbox has made.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// The process that holds the pod's PID namespace, for containers that share it.
+    pub pid_namespace: Option<OwnedFd>,
+    /// The pod's user namespace; none: it is the guest's.
+    pub user_namespace: Option<UserNamespace>,
+}
+
 /// Does it, once.
 pub async fn configure(
     agent: &Arc<Agent>,
@@ -35,18 +49,60 @@ pub async fn configure(
             return Err(Error::NotNow("the sandbox was configured before".to_owned()));
         }
     }
-    let shared = request.shared_pid_namespace;
+    let ids = request.user_namespace.as_ref().map(IdMap::of_sandbox).transpose()?;
     let config = agent.config.clone();
-    blocking(move || match config.boundary {
-        Boundary::Guest => guest(&config, &request),
-        Boundary::Host => host(&config, &request),
+    let request = blocking(move || {
+        match config.boundary {
+            Boundary::Guest => guest(&config, &request)?,
+            Boundary::Host => host(&config, &request)?,
+        }
+        Ok(request)
     })
     .await?;
-    let pause = if shared { Some(agent.pause().await?) } else { None };
+    let sandbox = match ids {
+        Some(ids) => with_user_namespace(agent, ids, request).await?,
+        None => Sandbox {
+            pid_namespace: match request.shared_pid_namespace {
+                true => Some(pause(agent).await?),
+                false => None,
+            },
+            user_namespace: None,
+        },
+    };
     // Only the one call that has begun comes here.
-    drop(agent.sandbox.set(pause));
+    drop(agent.sandbox.set(sandbox));
     let kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
     Ok(api::ConfigureSandboxResponse { kernel_release })
+}
+
+/// Makes the process that holds the pod's PID namespace.
+async fn pause(agent: &Agent) -> Result<OwnedFd, Error> {
+    let namespaces = namespace::PID | namespace::MOUNT;
+    Ok(agent.spawn(&Plan::Pause(None), namespaces, Descriptors::default()).await?.pidfd)
+}
+
+/// Makes the process that holds the pod's user namespace and those it owns.
+async fn with_user_namespace(
+    agent: &Agent,
+    ids: IdMap,
+    request: api::ConfigureSandboxRequest,
+) -> Result<Sandbox, Error> {
+    let namespaces = namespace::USER | namespace::PID | namespace::MOUNT | OWNED_BY_POD;
+    let mut sysctls: Vec<_> =
+        request.sysctls.into_iter().filter(|(name, _)| namespace_of(name).is_some()).collect();
+    sysctls.sort();
+    let plan = Plan::Pause(Some(PodPlan { ids, hostname: request.hostname, sysctls }));
+    let holder = agent.start_process(&plan, namespaces, Descriptors::default()).await?;
+    let (pid, pidfd) = (holder.pid, holder.pidfd.try_clone().step("user namespace")?);
+    let network = request.network;
+    let user_namespace =
+        blocking(move || UserNamespace::set_up(pid, pidfd, ids, network.as_ref())).await?;
+    holder.go_on()?;
+    let holder = holder.ready().await?;
+    Ok(Sandbox {
+        pid_namespace: request.shared_pid_namespace.then_some(holder.pidfd),
+        user_namespace: Some(user_namespace),
+    })
 }
 
 fn guest(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
@@ -64,11 +120,14 @@ fn guest(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), 
     clock_settime(ClockId::Realtime, now).step("clock")?;
     let hostname = &request.hostname;
     rustix::system::sethostname(hostname.as_bytes()).step(format_args!("hostname {hostname:?}"))?;
-    if let Some(network) = &request.network {
+    // A user namespace owns the pod's network, and sets what belongs to it from inside.
+    let apart = request.user_namespace.is_some();
+    if let Some(network) = request.network.as_ref().filter(|_| !apart) {
         network::configure(network)?;
     }
     files(config, request)?;
     let mut sysctls: Vec<_> = request.sysctls.iter().collect();
+    sysctls.retain(|(name, _)| !apart || namespace_of(name).is_none());
     sysctls.sort();
     for (name, value) in sysctls {
         set_sysctl(Path::new("/proc/sys"), name, value)?;
@@ -78,6 +137,9 @@ fn guest(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), 
 
 /// The node's kernel: only the files and what is in the pod's own namespaces are the pod's.
 fn host(config: &Config, request: &api::ConfigureSandboxRequest) -> Result<(), Error> {
+    if request.user_namespace.is_some() {
+        return Err(Error::Unsupported("a user namespace outside a guest".to_owned()));
+    }
     if config.owns(namespace::UTS) {
         let hostname = &request.hostname;
         rustix::system::sethostname(hostname.as_bytes())

@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Step},
     launcher::{self, Descriptors, Launched, Launcher, receive_async},
     plan::{Failure, FailureKind, Plan, Report, User},
-    reaper::{Ended, Reaper},
+    reaper::{Ended, Expected, Reaper},
 };
 use rustix::{
     fd::{AsFd, OwnedFd},
@@ -38,14 +38,29 @@ pub struct Spawned {
 #[derive(Debug)]
 pub struct Gate(AsyncFd<OwnedFd>);
 
-/// Makes a process and waits until it is ready. `descriptors` needs neither plan nor control.
-pub async fn spawn(
+/// A process that gets itself ready.
+#[derive(Debug)]
+pub struct Starting<'a> {
+    /// In the agent's PID namespace.
+    pub pid: Pid,
+    /// Its own, for ever.
+    pub pidfd: OwnedFd,
+    ended: oneshot::Receiver<Ended>,
+    control: AsyncFd<OwnedFd>,
+    reaper: &'a Reaper,
+    expected: Expected<'a>,
+    /// The process that gets ready will be another one.
+    awaits_child: bool,
+}
+
+/// Makes a process. `descriptors` needs neither plan nor control.
+pub async fn start<'a>(
     launcher: &Launcher,
-    reaper: &Reaper,
+    reaper: &'a Reaper,
     plan: &Plan,
     namespaces: u64,
     mut descriptors: Descriptors,
-) -> Result<Spawned, Error> {
+) -> Result<Starting<'a>, Error> {
     let (ours, theirs) = launcher::packet_pair().step("control socket")?;
     rustix::fs::fcntl_setfl(&ours, rustix::fs::OFlags::NONBLOCK).step("control socket")?;
     let control = a3s_box_sys::watch::watch(ours, Interest::READABLE).step("control socket")?;
@@ -55,19 +70,47 @@ pub async fn spawn(
     let expected = reaper.expect();
     let Launched { pid, pidfd } =
         launcher.launch(namespaces, descriptors).await.step("make the process")?;
-    let mut ended = reaper.end_of(&expected, pid);
-    drop(expected);
-    match report(&control).await? {
-        Some((Report::Ready(user), terminal)) => {
-            Ok(Spawned { pid, pidfd, user, terminal, ended, gate: Gate(control) })
+    let ended = reaper.end_of(&expected, pid);
+    let awaits_child = plan.goes_on_in_a_child();
+    Ok(Starting { pid, pidfd, ended, control, reaper, expected, awaits_child })
+}
+
+impl Starting<'_> {
+    /// Says the word that the plan waits for.
+    pub fn go_on(&self) -> Result<(), Error> {
+        match launcher::send(self.control.get_ref().as_fd(), &[GO], &[]) {
+            // Why it has ended is its report's to say.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result.step("let the process go on"),
         }
-        Some((Report::Failed(failure), _)) => Err(failure.into()),
-        None => {
-            let how = (&mut ended)
-                .await
-                .map_or_else(|_| "unknown".to_owned(), |ended| ended.code.to_string());
-            let message = format!("the process ended before it was ready, with code {how}");
-            Err(Failure { kind: FailureKind::Internal, message }.into())
+    }
+
+    /// Waits until it is ready.
+    pub async fn ready(mut self) -> Result<Spawned, Error> {
+        let mut ready = None;
+        loop {
+            match report(&self.control).await? {
+                Some((Report::Ready(user), terminal)) => ready = Some((user, terminal)),
+                Some((Report::Child(pid), pidfd)) => {
+                    let child = Pid::from_raw(pid).zip(pidfd);
+                    (self.pid, self.pidfd) = child.ok_or_else(|| unexpected("no child"))?;
+                    self.ended = self.reaper.end_of(&self.expected, self.pid);
+                    self.awaits_child = false;
+                }
+                Some((Report::Failed(failure), _)) => return Err(failure.into()),
+                None => {
+                    let ended = self.ended.await;
+                    let how =
+                        ended.map_or_else(|_| "unknown".to_owned(), |ended| ended.code.to_string());
+                    let message = format!("the process ended before it was ready, with code {how}");
+                    return Err(Failure { kind: FailureKind::Internal, message }.into());
+                }
+            }
+            // The two of them tell in any order.
+            if let Some((user, terminal)) = ready.take_if(|_| !self.awaits_child) {
+                let Self { pid, pidfd, ended, control, .. } = self;
+                return Ok(Spawned { pid, pidfd, user, terminal, ended, gate: Gate(control) });
+            }
         }
     }
 }
@@ -83,11 +126,13 @@ impl Gate {
         match report(&self.0).await? {
             None => Ok(()),
             Some((Report::Failed(failure), _)) => Err(failure.into()),
-            Some((Report::Ready(_), _)) => {
-                Err(Error::NotNow("the process was ready twice".to_owned()))
-            }
+            Some((Report::Ready(_) | Report::Child(_), _)) => Err(unexpected("ready twice")),
         }
     }
+}
+
+fn unexpected(report: &str) -> Error {
+    Error::NotNow(format!("the process told something unexpected: {report}"))
 }
 
 async fn report(control: &AsyncFd<OwnedFd>) -> Result<Option<(Report, Option<OwnedFd>)>, Error> {

@@ -6,7 +6,7 @@ use crate::{
     error::Error,
     limits::{self, Limits},
     mounts,
-    plan::{Capabilities, Device, DeviceKind, Process, Rlimit},
+    plan::{Capabilities, Device, DeviceKind, IdMap, Process, Rlimit},
 };
 use a3s_box_sys::{
     clone3::namespace,
@@ -21,6 +21,8 @@ use std::path::PathBuf;
 pub struct Container {
     /// New namespaces of its own (`clone3::namespace` bits), PID left out.
     pub namespaces: u64,
+    /// It is in the pod's user namespace, which has these ids.
+    pub ids: Option<IdMap>,
     /// Limits.
     pub limits: Limits,
     /// Device rules.
@@ -60,6 +62,7 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
     refuse(&spec, linux)?;
 
     let namespaces = namespaces(linux)?;
+    let ids = ids(linux)?;
     let own_uts = namespaces & namespace::UTS != 0;
     if !own_uts && spec.domainname().is_some() {
         return Err(Error::invalid("domainname: the container shares the pod's UTS namespace"));
@@ -67,15 +70,26 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
     let process = spec.process().as_ref().ok_or_else(|| Error::invalid("process is missing"))?;
     let readonly_root = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
     let none = Vec::new();
-    let mounts = mounts::read(spec.mounts().as_ref().unwrap_or(&none), config, readonly_root)?;
+    let mounts = mounts::read(spec.mounts().as_ref().unwrap_or(&none), config, readonly_root, ids)?;
     let standard_devices = mounts
         .iter()
         .find(|mount| mount.destination == std::path::Path::new("/dev"))
         .is_some_and(|mount| matches!(mount.kind, crate::plan::MountKind::New { .. }));
     let resources = linux.resources().as_ref();
     let devices = devices(linux)?;
+    if ids.is_some() {
+        // A node can only be made in what the guest mounts for the container.
+        let outside = |device: &&Device| !standard_devices || !device.path.starts_with("/dev");
+        if let Some(device) = devices.iter().find(outside) {
+            let path = device.path.display();
+            return Err(Error::Unsupported(format!(
+                "device {path}: a node outside a /dev of the container's own, in a user namespace,"
+            )));
+        }
+    }
     Ok(Container {
         namespaces,
+        ids,
         limits: limits::read(resources)?,
         rules: rules(resources, &devices)?,
         seccomp: linux.seccomp().clone(),
@@ -95,9 +109,6 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
 }
 
 fn refuse(spec: &Spec, linux: &oci::Linux) -> Result<(), Error> {
-    let some = |list: &Option<Vec<oci::LinuxIdMapping>>| {
-        list.as_ref().is_some_and(|list| !list.is_empty())
-    };
     let hooks = spec.hooks().as_ref().is_some_and(|hooks| *hooks != oci::Hooks::default());
     let process = spec.process().as_ref();
     let label = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
@@ -110,7 +121,6 @@ fn refuse(spec: &Spec, linux: &oci::Linux) -> Result<(), Error> {
             spec.solaris().is_some() || spec.windows().is_some() || spec.vm().is_some(),
             "a spec for another system",
         ),
-        (some(linux.uid_mappings()) || some(linux.gid_mappings()), "linux.uidMappings"),
         (
             linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()),
             "linux.timeOffsets",
@@ -178,17 +188,36 @@ fn namespaces(linux: &oci::Linux) -> Result<u64, Error> {
             return Err(Error::Unsupported(format!("the namespace path {}", path.display())));
         }
         bits |= match wanted.typ() {
-            // The PID namespace is chosen by pid_mode.
-            LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup | LinuxNamespaceType::Pid => 0,
+            // The PID namespace is chosen by pid_mode, the user namespace is the pod's.
+            LinuxNamespaceType::Mount
+            | LinuxNamespaceType::Cgroup
+            | LinuxNamespaceType::Pid
+            | LinuxNamespaceType::User => 0,
             LinuxNamespaceType::Uts => namespace::UTS,
             LinuxNamespaceType::Ipc => namespace::IPC,
             LinuxNamespaceType::Network => namespace::NET,
-            other @ (LinuxNamespaceType::User | LinuxNamespaceType::Time) => {
+            other @ LinuxNamespaceType::Time => {
                 return Err(Error::Unsupported(format!("a {other} namespace")));
             }
         };
     }
     Ok(bits)
+}
+
+/// The ids of the user namespace, if the spec lists one.
+fn ids(linux: &oci::Linux) -> Result<Option<IdMap>, Error> {
+    let user = |namespace: &oci::LinuxNamespace| namespace.typ() == LinuxNamespaceType::User;
+    let listed = linux.namespaces().iter().flatten().any(user);
+    let uids = linux.uid_mappings().as_deref().unwrap_or_default();
+    let gids = linux.gid_mappings().as_deref().unwrap_or_default();
+    if listed {
+        IdMap::of_spec("linux.uidMappings, linux.gidMappings", uids, gids).map(Some)
+    } else if uids.is_empty() && gids.is_empty() {
+        Ok(None)
+    } else {
+        let why = "linux.uidMappings without a user namespace".to_owned();
+        Err(Error::Unsupported(why))
+    }
 }
 
 fn paths(list: Option<&[String]>) -> Vec<PathBuf> {
@@ -427,7 +456,13 @@ mod tests {
             ("/process/apparmorProfile", json!("mine"), "process.apparmorProfile"),
             ("/hooks", json!({ "poststart": [{ "path": "/x" }] }), "hooks"),
             ("/linux/resources", json!({ "memory": { "swappiness": 3 } }), "swappiness"),
-            ("/linux/namespaces", json!([{ "type": "user" }]), "user namespace"),
+            ("/linux/namespaces", json!([{ "type": "user" }]), "linux.uidMappings"),
+            (
+                "/linux/uidMappings",
+                json!([{ "containerID": 0, "hostID": 1, "size": 1 }]),
+                "without a user namespace",
+            ),
+            ("/linux/namespaces", json!([{ "type": "time" }]), "time namespace"),
             ("/linux/namespaces", json!([{ "type": "network", "path": "/x" }]), "/x"),
             ("/linux/personality", json!({ "domain": "LINUX32" }), "linux.personality"),
         ] {
@@ -437,6 +472,23 @@ mod tests {
             assert!(matches!(error, Error::Unsupported(_)), "{path}: {error}");
             assert!(error.to_string().contains(name), "{path}: {error}");
         }
+    }
+
+    #[test]
+    fn a_user_namespace_comes_with_its_ids() {
+        let read = |devices: serde_json::Value| {
+            read_spec(|spec| {
+                let linux = &mut spec["linux"];
+                linux["namespaces"] = json!([{ "type": "user" }]);
+                linux["uidMappings"] = json!([{ "containerID": 0, "hostID": 1000, "size": 65536 }]);
+                linux["gidMappings"] = json!([{ "containerID": 0, "hostID": 2000, "size": 65536 }]);
+                linux["devices"] = devices;
+            })
+        };
+        let spec = read(json!([])).unwrap();
+        assert_eq!(spec.ids, Some(IdMap { uid: 1000, gid: 2000, length: 65536 }));
+        let error = read(json!([{ "path": "/x", "type": "c", "major": 1, "minor": 3 }]));
+        assert!(error.unwrap_err().to_string().contains("device /x: a node outside"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What containers use, read from the kernel at the moment of asking.
 //!
 //! Sources: cgroup v2 (kernel documentation, admin-guide/cgroup-v2) or, for controllers that the node
-//! has there, cgroup v1 (admin-guide/cgroup-v1), PSI (accounting/psi), and /proc/net/dev.
+//! has there, cgroup v1 (admin-guide/cgroup-v1), PSI (accounting/psi), and /proc/PID/net/dev.
 
 use crate::{
     agent::{Agent, blocking},
@@ -13,7 +13,6 @@ use a3s_box_api::agent::v1 as api;
 use a3s_box_sys::clone3::namespace;
 use std::{collections::HashMap, fs, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
-const INTERFACES: &str = "/proc/net/dev";
 /// Above any limit of memory in a cgroup v1.
 const UNLIMITED: u64 = 1 << 60;
 /// Of the inode sizes in `stat`.
@@ -27,10 +26,13 @@ pub async fn read(
     let ids = if request.container_ids.is_empty() { agent.ids() } else { request.container_ids };
     let containers: Vec<_> = ids.iter().filter_map(|id| agent.container(id).ok()).collect();
     let own_network = agent.config.owns(namespace::NET);
+    let pod = agent.user_namespace().map(|namespace| namespace.holder);
     blocking(move || {
         // The node's traffic is not the pod's.
         let interfaces = if own_network {
-            fs::read_to_string(INTERFACES).step(INTERFACES)?
+            let process = pod.map_or_else(|| "self".to_owned(), |holder| holder.to_string());
+            let file = format!("/proc/{process}/net/dev");
+            fs::read_to_string(&file).step(file)?
         } else {
             String::new()
         };

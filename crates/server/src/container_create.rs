@@ -39,7 +39,8 @@ pub async fn create_container(
     Ok(cri::CreateContainerResponse { container_id: id.to_string() })
 }
 
-/// What a container may have depends on its sandbox: privileges and PID namespaces.
+/// What a container may have depends on its sandbox: privileges, PID and user
+/// namespaces.
 fn fit_to_sandbox(
     spec: &mut ContainerSpec,
     config: &cri::ContainerConfig,
@@ -51,6 +52,11 @@ fn fit_to_sandbox(
     if spec.security.privileged && !sandbox.privileged {
         let why = "the sandbox is not privileged";
         return Err(SandboxError::invalid(format!("{AT}.privileged"), why));
+    }
+    if spec.security.user_namespace != sandbox.user_namespace {
+        let why = "is not the sandbox's";
+        let field = format!("{AT}.namespace_options.userns_options");
+        return Err(SandboxError::invalid(field, why));
     }
     let context = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let said = context.is_some_and(|context| context.namespace_options.is_some());

@@ -10,6 +10,7 @@ use crate::{
         spec::{Boundary, NodeNamespaces, SandboxSpec},
     },
     security,
+    user_namespace::UserNamespace,
 };
 use a3s_box_api::cri;
 
@@ -26,6 +27,9 @@ pub fn container_spec(
         return Err(SandboxError::invalid("metadata.name", "is empty"));
     }
     let linux = config.linux.clone().unwrap_or_default();
+    let security = security(&linux.security_context.unwrap_or_default(), sandbox)?;
+    let mounts =
+        config.mounts.iter().map(|one| mount(one, sandbox.boundary(), security.user_namespace));
     Ok(ContainerSpec {
         name: metadata.name.clone(),
         attempt: metadata.attempt,
@@ -34,11 +38,7 @@ pub fn container_spec(
         args: texts("args", &config.args)?,
         working_dir: working_dir(&config.working_dir)?,
         env: env(&config.envs)?,
-        mounts: config
-            .mounts
-            .iter()
-            .map(|one| mount(one, sandbox.boundary()))
-            .collect::<Result<_, _>>()?,
+        mounts: mounts.collect::<Result<_, _>>()?,
         devices: config
             .devices
             .iter()
@@ -51,7 +51,7 @@ pub fn container_spec(
         stdin_once: config.stdin_once,
         tty: config.tty,
         resources: resources(&linux.resources.unwrap_or_default(), sandbox.boundary())?,
-        security: security(&linux.security_context.unwrap_or_default(), sandbox)?,
+        security,
         stop_signal: config.stop_signal,
     })
 }
@@ -141,7 +141,11 @@ fn device(device: &cri::Device, boundary: Boundary) -> Result<DeviceSpec, Sandbo
     })
 }
 
-fn mount(mount: &cri::Mount, boundary: Boundary) -> Result<MountSpec, SandboxError> {
+fn mount(
+    mount: &cri::Mount,
+    boundary: Boundary,
+    pod: Option<UserNamespace>,
+) -> Result<MountSpec, SandboxError> {
     let at = |field: &str| format!("mounts[{}].{field}", mount.container_path);
     if !mount.container_path.starts_with('/') || mount.container_path.contains('\0') {
         return Err(SandboxError::invalid(at("container_path"), "is not an absolute path"));
@@ -156,8 +160,8 @@ fn mount(mount: &cri::Mount, boundary: Boundary) -> Result<MountSpec, SandboxErr
         let why = "mount options are not there yet";
         return Err(SandboxError::unsupported(at(&format!("mount_options[{option}]")), why));
     }
-    security::no_id_mappings(&at("uidMappings"), &mount.uid_mappings)?;
-    security::no_id_mappings(&at("gidMappings"), &mount.gid_mappings)?;
+    let (uids, gids) = (&mount.uid_mappings, &mount.gid_mappings);
+    let id_mapped = UserNamespace::of_mount(&at("uidMappings, gidMappings"), uids, gids, pod)?;
     let propagation = propagation(mount, boundary, &at("propagation"))?;
     if mount.recursive_read_only {
         let bad = |why| Err(SandboxError::invalid(at("recursive_read_only"), why));
@@ -175,6 +179,7 @@ fn mount(mount: &cri::Mount, boundary: Boundary) -> Result<MountSpec, SandboxErr
         readonly: mount.readonly,
         recursive_readonly: mount.recursive_read_only,
         selinux_relabel: mount.selinux_relabel,
+        id_mapped,
         propagation,
     })
 }
@@ -243,6 +248,7 @@ fn security(
     sandbox: &SandboxSpec,
 ) -> Result<Security, SandboxError> {
     const AT: &str = "linux.security_context";
+    let user_namespace = UserNamespace::asked(context.namespace_options.as_ref())?;
     security::sandbox_namespaces(context.namespace_options.as_ref(), sandbox.node_namespaces)?;
     security::no_selinux(&format!("{AT}.selinux_options"), context.selinux_options.as_ref())?;
     let apparmor = format!("{AT}.apparmor");
@@ -279,6 +285,7 @@ fn security(
             &context.seccomp_profile_path,
         )?,
         pid: pid(context.namespace_options.as_ref(), sandbox.node_namespaces)?,
+        user_namespace,
     })
 }
 
@@ -410,9 +417,6 @@ mod tests {
             ("mounts[/data].mount_options[noexec]", |c| {
                 c.mounts[0].mount_options = vec!["noexec".into()];
             }),
-            ("mounts[/data].uidMappings", |c| {
-                c.mounts[0].uid_mappings = vec![Default::default()];
-            }),
             ("PROPAGATION_BIDIRECTIONAL", |c| c.mounts[0].propagation = 2),
             ("cpuset_cpus", |c| resources(c).cpuset_cpus = "0-1".into()),
             ("apparmor", |c| security(c).apparmor_profile = "localhost/x".into()),
@@ -458,6 +462,9 @@ mod tests {
             ("mounts[/data].recursive_read_only: needs propagation", |c| {
                 let mount = &mut c.mounts[0];
                 (mount.readonly, mount.recursive_read_only, mount.propagation) = (true, true, 1);
+            }),
+            ("mounts[/data].uidMappings", |c| {
+                c.mounts[0].uid_mappings = vec![Default::default()];
             }),
             ("memory_limit_in_bytes", |c| resources(c).memory_limit_in_bytes = -1),
             ("oom_score_adj", |c| resources(c).oom_score_adj = 1001),

@@ -49,6 +49,7 @@ pub mod stop_signal;
 pub mod stream_lists;
 pub mod streaming;
 pub mod templates;
+pub mod user_namespace;
 pub mod version;
 pub mod vm_size;
 

@@ -39,7 +39,7 @@ fn condition(r#type: &str, reason: &str, state: Result<(), String>) -> cri::Runt
 fn handler(name: &str) -> cri::RuntimeHandler {
     // The guest's kernel does it all, and is the same for every handler.
     let features =
-        cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, ..Default::default() };
+        cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true };
     cri::RuntimeHandler { name: name.to_owned(), features: Some(features) }
 }
 

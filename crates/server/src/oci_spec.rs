@@ -6,19 +6,21 @@
 
 use crate::{
     capabilities::capabilities,
-    container::spec::{ContainerSpec, MountSpec, Pid, Propagation, Resources},
+    container::spec::{ContainerSpec, MountSpec, Pid, Propagation, Resources, Security},
     host_devices,
     sandbox::{
         SandboxError,
         spec::{Boundary, SandboxSpec},
     },
     seccomp,
+    user_namespace::UserNamespace,
 };
 use oci_spec::{
     image::{Config, ImageConfiguration},
     runtime::{
-        Linux, LinuxCpu, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxMemory,
-        LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root, Spec,
+        Linux, LinuxCpu, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping,
+        LinuxIdMappingBuilder, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources,
+        Mount, Process, Root, Spec,
     },
 };
 
@@ -34,13 +36,14 @@ pub fn oci_spec(
     let config = image.config().clone().unwrap_or_default();
     let mut root = Root::default();
     root.set_readonly(Some(container.security.readonly_rootfs));
+    let ids = container.security.user_namespace.map(id_mappings).transpose()?;
     let mut spec = Spec::default();
     spec.set_version(OCI_VERSION.to_owned())
         .set_root(Some(root))
         .set_process(Some(process(container, sandbox, &config)?))
         .set_hostname(None)
-        .set_mounts(Some(mounts(container)))
-        .set_linux(Some(linux(container, sandbox.boundary())?));
+        .set_mounts(Some(mounts(container, ids.as_ref())))
+        .set_linux(Some(linux(container, sandbox.boundary(), ids)?));
     Ok(spec)
 }
 
@@ -112,7 +115,7 @@ fn set(env: &mut Vec<String>, pair: String) {
 }
 
 /// The standard mounts that nothing replaces, then CRI's, parents before children.
-fn mounts(container: &ContainerSpec) -> Vec<Mount> {
+fn mounts(container: &ContainerSpec, ids: Option<&Mappings>) -> Vec<Mount> {
     let replaced = |path: &std::path::Path| {
         container.mounts.iter().any(|mount| path == std::path::Path::new(&mount.container_path))
     };
@@ -120,11 +123,11 @@ fn mounts(container: &ContainerSpec) -> Vec<Mount> {
     mounts.retain(|mount| !replaced(mount.destination()));
     let mut binds: Vec<&MountSpec> = container.mounts.iter().collect();
     binds.sort_by_key(|mount| std::path::Path::new(&mount.container_path).components().count());
-    mounts.extend(binds.into_iter().map(bind));
+    mounts.extend(binds.into_iter().map(|mount| bind(mount, ids)));
     mounts
 }
 
-fn bind(spec: &MountSpec) -> Mount {
+fn bind(spec: &MountSpec, ids: Option<&Mappings>) -> Mount {
     let access = match (spec.readonly, spec.recursive_readonly) {
         (_, true) => "rro",
         (true, false) => "ro",
@@ -135,7 +138,28 @@ fn bind(spec: &MountSpec) -> Mount {
         Propagation::HostToContainer => "rslave",
         Propagation::Bidirectional => "rshared",
     };
-    mount(&spec.container_path, "bind", &spec.host_path, &["rbind", propagation, access])
+    let mut mount =
+        mount(&spec.container_path, "bind", &spec.host_path, &["rbind", propagation, access]);
+    if let Some((uids, gids)) = ids.filter(|_| spec.id_mapped) {
+        mount.set_uid_mappings(Some(uids.clone())).set_gid_mappings(Some(gids.clone()));
+    }
+    mount
+}
+
+/// The users' and the groups'.
+type Mappings = (Vec<LinuxIdMapping>, Vec<LinuxIdMapping>);
+
+fn id_mappings(ids: UserNamespace) -> Result<Mappings, SandboxError> {
+    let mapping = |first| {
+        LinuxIdMappingBuilder::default()
+            .container_id(0u32)
+            .host_id(first)
+            .size(ids.length)
+            .build()
+            .map(|mapping| vec![mapping])
+            .map_err(|error| SandboxError::step("write the OCI spec", error))
+    };
+    Ok((mapping(ids.uid)?, mapping(ids.gid)?))
 }
 
 fn standard_mounts(privileged: bool) -> Vec<Mount> {
@@ -170,7 +194,11 @@ fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Mount
     mount
 }
 
-fn linux(container: &ContainerSpec, boundary: Boundary) -> Result<Linux, SandboxError> {
+fn linux(
+    container: &ContainerSpec,
+    boundary: Boundary,
+    ids: Option<Mappings>,
+) -> Result<Linux, SandboxError> {
     let security = &container.security;
     let paths = |list: &[String]| (!security.privileged).then(|| list.to_vec());
     let seccomp = if security.privileged {
@@ -183,22 +211,28 @@ fn linux(container: &ContainerSpec, boundary: Boundary) -> Result<Linux, Sandbox
     let slave = container.mounts.iter().any(|m| m.propagation == Propagation::HostToContainer);
     let mut linux = Linux::default();
     linux
-        .set_namespaces(Some(namespaces(&security.pid)))
+        .set_namespaces(Some(namespaces(security)))
         .set_devices(Some(devices))
         .set_resources(Some(resources(&container.resources, rules)))
         .set_rootfs_propagation(slave.then(|| "rslave".to_owned()))
         .set_masked_paths(paths(&security.masked_paths))
         .set_readonly_paths(paths(&security.readonly_paths))
         .set_seccomp(seccomp);
+    if let Some((uids, gids)) = ids {
+        linux.set_uid_mappings(Some(uids)).set_gid_mappings(Some(gids));
+    }
     Ok(linux)
 }
 
 /// Network, IPC and UTS are the pod's own: the guest's (docs/decisions/0004), or those the agent was
 /// started in.
-fn namespaces(pid: &Pid) -> Vec<LinuxNamespace> {
+fn namespaces(security: &Security) -> Vec<LinuxNamespace> {
     let mut kinds = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
-    if *pid == Pid::Container {
+    if security.pid == Pid::Container {
         kinds.push(LinuxNamespaceType::Pid);
+    }
+    if security.user_namespace.is_some() {
+        kinds.push(LinuxNamespaceType::User);
     }
     let namespace = |kind| {
         let mut namespace = LinuxNamespace::default();
@@ -297,11 +331,7 @@ mod tests {
     #![allow(clippy::needless_pass_by_value, reason = "literals read better by value")]
 
     use super::*;
-    use crate::{
-        container::spec::{DeviceSpec, Security},
-        sandbox::tests::spec as sandbox,
-        security::Seccomp,
-    };
+    use crate::{container::spec::DeviceSpec, sandbox::tests::spec as sandbox, security::Seccomp};
 
     fn image(json: &serde_json::Value) -> ImageConfiguration {
         let whole = serde_json::json!({
@@ -379,6 +409,7 @@ mod tests {
             readonly,
             recursive_readonly: false,
             selinux_relabel: false,
+            id_mapped: false,
             propagation,
         }
     }
@@ -415,6 +446,27 @@ mod tests {
         assert_eq!(mounts[8].options().clone().unwrap(), words(&["rbind", "rprivate", "ro"]));
         let linux = spec.linux().clone().unwrap();
         assert_eq!(linux.rootfs_propagation().as_deref(), Some("rslave"));
+    }
+
+    #[test]
+    fn a_user_namespace_maps_the_ids_of_the_container_and_of_the_mounts_that_want_it() {
+        let mut container = command(&["sh"]);
+        let ids = UserNamespace { uid: 1000, gid: 2000, length: 65536 };
+        container.security.user_namespace = Some(ids);
+        container.mounts = vec![
+            MountSpec { id_mapped: true, ..bind_at("/a", false, Propagation::Private) },
+            bind_at("/b", false, Propagation::Private),
+        ];
+        let spec = built(&container);
+        let linux = spec.linux().clone().unwrap();
+        let namespaces = linux.namespaces().clone().unwrap();
+        assert!(namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::User));
+        let gids = linux.gid_mappings().clone().unwrap();
+        assert_eq!((gids[0].container_id(), gids[0].host_id(), gids[0].size()), (0, 2000, 65536));
+        let mounts = spec.mounts().clone().unwrap();
+        let [.., a, b] = &mounts[..] else { panic!("{mounts:?}") };
+        assert_eq!(a.uid_mappings().as_ref().unwrap()[0].host_id(), 1000);
+        assert_eq!(b.uid_mappings(), &None);
     }
 
     #[test]

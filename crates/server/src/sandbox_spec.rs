@@ -8,6 +8,7 @@ use crate::{
         spec::{Dns, HostLimits, NodeNamespaces, PortMapping, Protocol, SandboxName, SandboxSpec},
     },
     security,
+    user_namespace::UserNamespace,
     vm_size::{SizeRules, vm_size},
 };
 use a3s_box_api::cri;
@@ -33,6 +34,7 @@ pub fn sandbox_spec(
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.clone().unwrap_or_default();
     let node_namespaces = security::node_namespaces(security.namespace_options.as_ref(), handler)?;
+    let user_namespace = UserNamespace::asked(security.namespace_options.as_ref())?;
     refuse_security(&security)?;
     if let Some(resources) = &linux.resources {
         refuse_resources("linux.resources", resources)?;
@@ -56,6 +58,7 @@ pub fn sandbox_spec(
         cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
         sysctls: sysctls(&linux)?,
         shared_pid: shared_pid(&security)?,
+        user_namespace,
         privileged: security.privileged,
         host_limits: host_limits(linux.resources.as_ref(), linux.overhead.as_ref()),
         size,
@@ -318,11 +321,10 @@ mod tests {
     #[test]
     fn what_a_virtual_machine_cannot_share_is_refused_by_name() {
         const NODE: i32 = cri::NamespaceMode::Node as i32;
-        let cases: [Case; 9] = [
+        let cases: [Case; 8] = [
             ("handlers.a3s-box.host_namespaces", |c| namespaces(c).network = NODE),
             ("namespace_options.pid = NODE", |c| namespaces(c).pid = NODE),
             ("namespace_options.ipc = NODE", |c| namespaces(c).ipc = NODE),
-            ("userns_options", |c| namespaces(c).userns_options = Some(Default::default())),
             ("selinux_options", |c| {
                 let level = "s0".to_owned();
                 security(c).selinux_options =
@@ -353,7 +355,7 @@ mod tests {
 
     #[test]
     fn values_that_mean_nothing_are_refused_by_name() {
-        let cases: [Case; 13] = [
+        let cases: [Case; 14] = [
             ("metadata", |c| c.metadata = None),
             ("metadata.name", |c| c.metadata.as_mut().unwrap().name.clear()),
             ("metadata.uid", |c| c.metadata.as_mut().unwrap().uid.clear()),
@@ -374,6 +376,7 @@ mod tests {
             ("linux.sysctls[../../x]", |c| {
                 linux(c).sysctls = [("../../x".to_owned(), "1".to_owned())].into();
             }),
+            ("userns_options", |c| namespaces(c).userns_options = Some(Default::default())),
             ("run_as_group", |c| security(c).run_as_group = Some(cri::Int64Value { value: 1 })),
         ];
         for (name, change) in cases {

@@ -69,10 +69,16 @@ fn namespaces(spec: &SandboxSpec) -> cri::NamespaceOption {
         cri::NamespaceMode::Pod if !spec.shared_pid => cri::NamespaceMode::Container,
         mode => mode,
     };
+    let userns_options = spec.user_namespace.map(|user_namespace| {
+        let (uids, gids) = user_namespace.mappings();
+        let mode = cri::NamespaceMode::Pod.into();
+        cri::UserNamespace { mode, uids: vec![uids], gids: vec![gids] }
+    });
     cri::NamespaceOption {
         network: mode(nodes.network).into(),
         pid: pid.into(),
         ipc: mode(nodes.ipc).into(),
+        userns_options,
         ..Default::default()
     }
 }

@@ -7,8 +7,8 @@ use crate::{
     sandbox::{SandboxError, spec::NodeNamespaces},
 };
 use a3s_box_api::cri::{
-    IdMapping, LinuxContainerResources, NamespaceMode, NamespaceOption, SeLinuxOption,
-    SecurityProfile, UserNamespace, security_profile::ProfileType,
+    LinuxContainerResources, NamespaceMode, NamespaceOption, SeLinuxOption, SecurityProfile,
+    security_profile::ProfileType,
 };
 use serde::{Deserialize, Serialize};
 
@@ -116,7 +116,6 @@ pub fn node_namespaces(
             return Err(not_the_pods(namespace, mode));
         }
     }
-    no_user_namespace(options.userns_options.as_ref())?;
     let [network, pid, ipc] = modes.map(|(_, mode)| mode == NamespaceMode::Node);
     Ok(NodeNamespaces { network, pid, ipc })
 }
@@ -143,7 +142,7 @@ pub fn sandbox_namespaces(
             mode => return Err(not_the_pods(namespace, mode)),
         }
     }
-    no_user_namespace(options.userns_options.as_ref())
+    Ok(())
 }
 
 fn not_the_pods(namespace: &str, mode: NamespaceMode) -> SandboxError {
@@ -151,24 +150,6 @@ fn not_the_pods(namespace: &str, mode: NamespaceMode) -> SandboxError {
         format!("{NAMESPACES}.{namespace} = {}", mode.as_str_name()),
         "containers share the pod's",
     )
-}
-
-fn no_user_namespace(options: Option<&UserNamespace>) -> Result<(), SandboxError> {
-    match options {
-        Some(options) if options.mode() != NamespaceMode::Node => Err(SandboxError::unsupported(
-            "linux.security_context.namespace_options.userns_options",
-            "user namespaces are not there yet",
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// Refuses id-mapped mounts.
-pub fn no_id_mappings(field: &str, mappings: &[IdMapping]) -> Result<(), SandboxError> {
-    if mappings.is_empty() {
-        return Ok(());
-    }
-    Err(SandboxError::unsupported(field, "user namespaces are not there yet"))
 }
 
 /// Huge pages: pods have none, so only a limit of zero holds. kubelet sends zeros for every size.

@@ -46,6 +46,8 @@ pub mod namespace {
     pub const IPC: u64 = libc::CLONE_NEWIPC as u64;
     /// Process ids.
     pub const PID: u64 = libc::CLONE_NEWPID as u64;
+    /// User and group ids, and what they own.
+    pub const USER: u64 = libc::CLONE_NEWUSER as u64;
     /// Network.
     pub const NET: u64 = libc::CLONE_NEWNET as u64;
 }

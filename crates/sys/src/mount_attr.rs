@@ -50,6 +50,21 @@ pub struct Change {
     pub recursive: bool,
 }
 
+/// Shows the files of the mount `mount`, which is not attached anywhere yet, with the owners that
+/// `user_namespace` (a descriptor of its file in /proc) maps theirs to. Once for a mount.
+pub fn map_ids(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    set(
+        mount,
+        libc::AT_EMPTY_PATH,
+        &libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: user_namespace.as_raw_fd() as u64,
+        },
+    )
+}
+
 /// Changes the mount that `mount` (a descriptor from open_tree or fsmount, or of its root) is.
 pub fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
     // An access time mode can only be set after the old one was cleared.
@@ -61,6 +76,10 @@ pub fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
         userns_fd: 0,
     };
     let flags = libc::AT_EMPTY_PATH | if change.recursive { libc::AT_RECURSIVE } else { 0 };
+    set(mount, flags, &attr)
+}
+
+fn set(mount: BorrowedFd<'_>, flags: libc::c_int, attr: &libc::mount_attr) -> io::Result<()> {
     // SAFETY: the path is a constant C string and attr outlives the call.
     let result = unsafe {
         libc::syscall(
@@ -68,8 +87,8 @@ pub fn change(mount: BorrowedFd<'_>, change: Change) -> io::Result<()> {
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attr,
-            size_of_val(&attr),
+            std::ptr::from_ref(attr),
+            size_of_val(attr),
         )
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

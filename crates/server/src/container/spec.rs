@@ -1,6 +1,6 @@
 //! What a container is to be, free of CRI types: the part of its record that never changes.
 
-use crate::security::Seccomp;
+use crate::{security::Seccomp, user_namespace::UserNamespace};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -72,6 +72,9 @@ pub struct MountSpec {
     pub recursive_readonly: bool,
     /// kubelet's wish to relabel: holds where there is no SELinux.
     pub selinux_relabel: bool,
+    /// Its files' owners are the pod's ids, not the guest's.
+    #[serde(default)]
+    pub id_mapped: bool,
     /// Which later mounts are seen.
     pub propagation: Propagation,
 }
@@ -157,6 +160,9 @@ pub struct Security {
     pub seccomp: Seccomp,
     /// PID namespace.
     pub pid: Pid,
+    /// User namespace, which is the sandbox's; `None`: the guest's own.
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
 }
 
 impl Default for Security {
@@ -177,6 +183,7 @@ impl Default for Security {
             readonly_paths: Vec::new(),
             seccomp: Seccomp::Unconfined,
             pid: Pid::Pod,
+            user_namespace: None,
         }
     }
 }

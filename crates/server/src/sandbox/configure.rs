@@ -31,6 +31,11 @@ pub fn configure(
         }),
         sysctls: spec.sysctls.clone().into_iter().collect(),
         shared_pid_namespace: spec.shared_pid,
+        user_namespace: spec.user_namespace.map(|ids| agent::UserNamespace {
+            uid: ids.uid,
+            gid: ids.gid,
+            length: ids.length,
+        }),
         ..Default::default()
     }
 }

@@ -185,6 +185,7 @@ fn placeholder(id: &SandboxId, boot_id: &str) -> Record {
         cgroup_parent: String::new(),
         sysctls: BTreeMap::new(),
         shared_pid: true,
+        user_namespace: None,
         privileged: false,
         network: None,
         host_limits: HostLimits::default(),

@@ -1,5 +1,6 @@
 //! What a sandbox is to be, free of CRI types: the part of the record that never changes.
 
+use crate::user_namespace::UserNamespace;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
@@ -32,6 +33,9 @@ pub struct SandboxSpec {
     pub sysctls: BTreeMap<String, String>,
     /// Containers may ask for the pod's shared PID namespace.
     pub shared_pid: bool,
+    /// The user namespace of all its containers; `None`: the guest's own.
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
     /// Privileged containers may be created in it.
     pub privileged: bool,
     /// Name of the CNI network, from `a3s.box/network`; `None`: the default one.

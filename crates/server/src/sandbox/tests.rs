@@ -43,6 +43,7 @@ pub(crate) fn spec(name: &str) -> SandboxSpec {
         cgroup_parent: String::new(),
         sysctls: BTreeMap::new(),
         shared_pid: true,
+        user_namespace: None,
         privileged: false,
         network: None,
         host_limits: HostLimits::default(),

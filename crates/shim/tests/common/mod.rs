@@ -31,10 +31,21 @@ pub fn layer(dir: &Path) -> PathBuf {
         fs::create_dir_all(root.join(folder)).unwrap();
     }
     fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    for applet in ["sh", "echo", "cat", "sleep", "uname", "id"] {
+    for applet in [
+        "sh", "echo", "cat", "sleep", "uname", "id", "stat", "touch", "mount", "umount", "ip",
+        "nc", "ping", "grep", "ls", "mkdir", "hostname", "tty", "chown", "test", "kill", "mknod",
+    ] {
         fs::hard_link(root.join("bin/busybox"), root.join("bin").join(applet)).unwrap();
     }
     fs::write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n").unwrap();
+    // A program with CAP_NET_RAW: version 2, in force at once.
+    fs::create_dir(root.join("capable")).unwrap();
+    fs::copy("/bin/busybox", root.join("capable/cat")).unwrap();
+    let mut capability = [0; 20];
+    capability[..8].copy_from_slice(&[1, 0, 0, 2, 0, 0x20, 0, 0]);
+    let none = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(root.join("capable/cat"), "security.capability", &capability, none)
+        .unwrap();
     let blob = dir.join("layer.erofs");
     let made = Command::new("mkfs.erofs")
         .args(["--quiet", "-E", "noinline_data"])
@@ -158,6 +169,10 @@ impl Sandbox {
             pid_mode: pid_mode.into(),
             ..Default::default()
         };
+        self.create_as(container, log).await;
+    }
+
+    pub async fn create_as(&mut self, container: agent::CreateContainerRequest, log: &Path) {
         let request = shim::CreateContainerRequest {
             container: Some(container),
             log_path: log.to_str().unwrap().to_owned(),
@@ -166,6 +181,12 @@ impl Sandbox {
         if let Err(err) = self.client.create_container(request).await {
             panic!("{err}; {}", self.log());
         }
+    }
+
+    pub async fn refusal(&mut self, container: agent::CreateContainerRequest) -> String {
+        let request =
+            shim::CreateContainerRequest { container: Some(container), ..Default::default() };
+        self.client.create_container(request).await.unwrap_err().message().to_owned()
     }
 
     pub async fn run(&mut self, id: &ContainerId) {
