@@ -81,7 +81,7 @@ fn machine(qemu: &mut Spawn, config: &VmConfig) {
     match config.accel {
         Accel::Kvm => args(qemu, &["-accel", "kvm", "-cpu", "host"]),
         // la57 would make every page walk five levels deep.
-        Accel::Tcg => args(qemu, &["-accel", "tcg,tb-size=32", "-cpu", "max,la57=off"]),
+        Accel::Tcg => args(qemu, &["-accel", "tcg,tb-size=128", "-cpu", "max,la57=off"]),
     }
     args(qemu, &["-smp", &config.size.vcpus.to_string()]);
     args(qemu, &["-m", &format!("{}M", config.size.memory_mb)]);
