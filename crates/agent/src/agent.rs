@@ -43,6 +43,8 @@ pub struct Agent {
     pub filters: Filters,
     /// Set by ConfigureSandbox.
     pub sandbox: OnceLock<Sandbox>,
+    /// Set by a rehearsal of it.
+    pub rehearsal: OnceLock<Sandbox>,
     /// ConfigureSandbox has begun.
     pub configuring: Mutex<bool>,
     containers: Mutex<HashMap<String, Slot>>,
@@ -75,6 +77,7 @@ impl Agent {
             layers: Layers::new(&config),
             filters: Filters::default(),
             sandbox: OnceLock::new(),
+            rehearsal: OnceLock::new(),
             configuring: Mutex::new(false),
             containers: Mutex::default(),
             config,
@@ -163,9 +166,14 @@ impl Agent {
         spawn::start(&self.launcher, &self.reaper, plan, namespaces, descriptors).await
     }
 
+    /// What the containers belong to; none: it is not configured.
+    pub fn sandbox(&self) -> Option<&Sandbox> {
+        self.sandbox.get().or_else(|| self.rehearsal.get())
+    }
+
     /// The pod's user namespace; none: it is the guest's.
     pub fn user_namespace(&self) -> Option<&UserNamespace> {
-        self.sandbox.get()?.user_namespace.as_ref()
+        self.sandbox()?.user_namespace.as_ref()
     }
 }
 

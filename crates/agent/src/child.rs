@@ -94,6 +94,9 @@ fn work(
         Plan::Container(plan) => {
             oom_score(plan.process.oom_score_adj)?;
             enter_cgroups(&plan.cgroup_doors)?;
+            if plan.inner.is_none() {
+                own_cgroups()?;
+            }
             let node_mounts = descriptors.node_mounts.take();
             let user_namespace = descriptors.user_namespace.take();
             let taken = rootfs::take(
@@ -160,10 +163,17 @@ fn go_inside(
     }
 }
 
+/// Makes this process's cgroup the root of what it sees; what is mounted of cgroups before shows the
+/// guest's.
+fn own_cgroups() -> Result<(), Failure> {
+    step(clone3::unshare(namespace::CGROUP), "cgroup namespace")
+}
+
 /// Builds the container around this process.
 fn container(plan: &ContainerPlan, taken: rootfs::Taken) -> Result<User, Failure> {
-    // Only now is the new cgroup this process's, and so the root of the namespace.
-    step(clone3::unshare(namespace::CGROUP), "cgroup namespace")?;
+    if plan.inner.is_some() {
+        own_cgroups()?;
+    }
     if let Some(name) = &plan.hostname {
         step(rustix::system::sethostname(name.as_bytes()), format_args!("hostname {name:?}"))?;
     }

@@ -114,10 +114,8 @@ async fn make(
     request: api::CreateContainerRequest,
 ) -> Result<(Arc<Container>, api::CreateContainerResponse), Error> {
     let id = request.container_id.clone();
-    let sandbox = agent
-        .sandbox
-        .get()
-        .ok_or_else(|| Error::NotNow("the sandbox is not configured".to_owned()))?;
+    let sandbox =
+        agent.sandbox().ok_or_else(|| Error::NotNow("the sandbox is not configured".to_owned()))?;
     let pid_namespace = match request.pid_mode() {
         api::PidMode::Container => PidNamespace::New,
         api::PidMode::Node if agent.config.boundary == Boundary::Host => PidNamespace::Node,

@@ -55,12 +55,14 @@ usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgrou
                      [--cgroup-v1 CONTROLLER=DIR]... [--own ipc|uts]... [--netns FD]
                      [--node-mounts FD]
        a3s-box-agent            (as PID 1 of a guest)
+       a3s-box-agent rehearse [stay]
 
 --cgroups    folder of a cgroup v2 for the containers' cgroups
 --cgroup-v1  the same in the v1 hierarchy of a controller
 --own        a namespace that is made for the pod; it shares the others with the caller
 --netns      the pod's network namespace, which is joined
---node-mounts  the node's mount namespace, for volumes whose mounts go both ways";
+--node-mounts  the node's mount namespace, for volumes whose mounts go both ways
+rehearse     what the containers run of a guest that waits for its pod: one line, and with `stay` no end";
 /// Of an agent beside the node's other processes: containers are killed for want of memory before it.
 const OOM_SCORE: &str = "-998";
 /// EX_USAGE.
@@ -68,6 +70,9 @@ const BAD_USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if args.first().is_some_and(|arg| arg == "rehearse") {
+        return rehearse(args.get(1).is_some_and(|arg| arg == "stay"));
+    }
     let result = if rustix::process::getpid().is_init() && args.iter().all(|arg| arg != "--socket")
     {
         // The kernel's own words on the command line are not ours.
@@ -89,6 +94,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The whole life of a rehearsal's process.
+fn rehearse(stay: bool) -> ExitCode {
+    println!("rehearsed");
+    if stay {
+        loop {
+            std::thread::park();
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 /// Descriptors from the command line.

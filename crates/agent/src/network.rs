@@ -88,6 +88,24 @@ pub fn configure(network: &api::Network) -> Result<(), Error> {
     Ok(())
 }
 
+/// Takes addresses and routes away again that [`configure`] has given to the guest's interfaces.
+pub fn give_back(network: &api::Network) -> Result<(), Error> {
+    let mut netlink = Netlink::open().step("netlink")?;
+    let links = netlink.links().step("list the interfaces")?;
+    let cards = links.iter().filter(|link| !link.loopback);
+    for (card, given) in cards.zip(&network.interfaces) {
+        for text in &given.addresses {
+            let what = format!("take address {text} from {}", given.name);
+            let (address, prefix) = cidr(text, &what)?;
+            netlink.take_address(card.index, address, prefix).step(what)?;
+        }
+        // Its routes go with it.
+        let what = format_args!("take down {}", given.name);
+        netlink.set_link(card.index, Vec::new(), false).step(what)?;
+    }
+    Ok(())
+}
+
 struct Link {
     index: u32,
     loopback: bool,
@@ -207,6 +225,16 @@ impl Netlink {
             self.address(card.index, address, prefix).step(what)?;
         }
         self.set_link(card.index, Vec::new(), true).step(&what)
+    }
+
+    fn take_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.index = index;
+        message.header.prefix_len = prefix;
+        message.header.family = family(address);
+        message.attributes = vec![AddressAttribute::Local(address)];
+        self.send(RouteNetlinkMessage::DelAddress(message), NLM_F_ACK)?;
+        self.answers().map(drop)
     }
 
     fn address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {

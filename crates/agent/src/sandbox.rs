@@ -14,7 +14,7 @@ use a3s_box_api::agent::v1 as api;
 use a3s_box_sys::clone3::namespace;
 use rustix::{
     fd::OwnedFd,
-    mount::{MountFlags, mount, mount_bind},
+    mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount},
     time::{ClockId, Timespec, clock_settime},
 };
 use std::{
@@ -38,7 +38,7 @@ pub struct Sandbox {
     pub user_namespace: Option<UserNamespace>,
 }
 
-/// Does it, once.
+/// Does it, once; a rehearsal may come before.
 pub async fn configure(
     agent: &Arc<Agent>,
     request: api::ConfigureSandboxRequest,
@@ -48,6 +48,12 @@ pub async fn configure(
         if std::mem::replace(&mut *begun, true) {
             return Err(Error::NotNow("the sandbox was configured before".to_owned()));
         }
+    }
+    if agent.rehearsal.get().is_some() {
+        forget_rehearsal(agent)?;
+    }
+    if request.rehearsal {
+        return rehearse(agent, request).await;
     }
     let ids = request.user_namespace.as_ref().map(IdMap::of_sandbox).transpose()?;
     let config = agent.config.clone();
@@ -71,8 +77,41 @@ pub async fn configure(
     };
     // Only the one call that has begun comes here.
     drop(agent.sandbox.set(sandbox));
+    Ok(configured())
+}
+
+fn configured() -> api::ConfigureSandboxResponse {
     let kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
-    Ok(api::ConfigureSandboxResponse { kernel_release })
+    api::ConfigureSandboxResponse { kernel_release }
+}
+
+/// Configures a guest that is no pod's yet: what runs for the first time here is not the first time
+/// any more when the pod comes.
+async fn rehearse(
+    agent: &Arc<Agent>,
+    request: api::ConfigureSandboxRequest,
+) -> Result<api::ConfigureSandboxResponse, Error> {
+    let namespaces = request.user_namespace.is_some() || request.shared_pid_namespace;
+    if agent.config.boundary != Boundary::Guest || namespaces {
+        return Err(Error::Unsupported("a rehearsal but of a plain guest".to_owned()));
+    }
+    let config = agent.config.clone();
+    blocking(move || {
+        guest(&config, &request)?;
+        request.network.as_ref().map_or(Ok(()), network::give_back)
+    })
+    .await?;
+    drop(agent.rehearsal.set(Sandbox { pid_namespace: None, user_namespace: None }));
+    *agent.configuring.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    Ok(configured())
+}
+
+/// Takes away what a rehearsal has left.
+fn forget_rehearsal(agent: &Agent) -> Result<(), Error> {
+    if let Some(id) = agent.ids().first() {
+        return Err(Error::NotNow(format!("the rehearsal's container {id} is still there")));
+    }
+    unmount(agent.config.shm(), UnmountFlags::DETACH).step("the rehearsal's shm")
 }
 
 /// Makes the process that holds the pod's PID namespace.

@@ -9,7 +9,10 @@ const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
 
 /// Packs `folder` into a new file. Not compressed, and data apart from inodes, so that the guest can map the
 /// file's pages as they are. The same folder gives the same bytes.
-pub(crate) async fn pack(folder: &Path, file: &Path) -> Result<(), String> {
+///
+/// # Errors
+/// What `mkfs.erofs` said last, or why it could not be run.
+pub async fn pack(folder: &Path, file: &Path) -> Result<(), String> {
     let output = Command::new(MKFS)
         .args(["--quiet", "-E", "noinline_data", "-U", NO_UUID])
         .arg(file)

@@ -41,6 +41,7 @@ mod unpack;
 
 pub use auth::Auth;
 pub use digest::Digest;
+pub use erofs::pack;
 pub use error::{HostFailure, ImageError, Kind, RegistryError};
 pub use images::{Image, Images, Options, Usage};
 pub use reference::Reference;

@@ -82,7 +82,8 @@ fn fit_to_sandbox(
     Ok(())
 }
 
-fn prepare(
+/// The container's record and the order for it.
+pub(crate) fn prepare(
     sandbox_id: &SandboxId,
     spec: ContainerSpec,
     sandbox: &SandboxSpec,

@@ -6,7 +6,11 @@ use crate::{
     sandbox::{
         Deps, SandboxError, Sandboxes,
         cni_network::CniNetwork,
+        network::Network,
+        rehearsal::Rehearsal,
         shim_process::{Places, ShimProcesses, Templates},
+        shims::Shims,
+        spares::{Outside, Spares},
     },
     vm_size::SizeRules,
 };
@@ -18,6 +22,8 @@ use tokio::sync::broadcast;
 
 /// Folder of sandboxes under the root and under the state folder.
 const SANDBOXES: &str = "sandboxes";
+/// Folder under the root of what spare guests rehearse with.
+const REHEARSALS: &str = "rehearsals";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Events that a slow listener may be behind.
 const EVENTS: usize = 1024;
@@ -80,10 +86,20 @@ impl Node {
         };
         let boot_id = std::fs::read_to_string(BOOT_ID)
             .map_err(|error| SandboxError::step("read the boot id", error))?;
+        let store = Store::open(&places.root)?;
+        let network: Arc<dyn Network> = Arc::new(CniNetwork::new(cni));
+        let shims: Arc<dyn Shims> = Arc::new(ShimProcesses::new(places, templates)?);
+        let outside = Outside {
+            store: store.clone(),
+            network: network.clone(),
+            shims: shims.clone(),
+            rehearsal: Rehearsal::new(&config.agent, &config.root.join(REHEARSALS)),
+        };
         let deps = Deps {
-            store: Store::open(&places.root)?,
-            network: Arc::new(CniNetwork::new(cni)),
-            shims: Arc::new(ShimProcesses::new(places, templates)?),
+            store,
+            network,
+            shims,
+            spares: Spares::new(config.vm.spares, config.vm.default_size, outside),
             boot_id: boot_id.trim().to_owned(),
             events: broadcast::channel(EVENTS).0,
         };

@@ -81,14 +81,20 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<()>
     let streaming = streaming_server(&config).await?;
     let server = Arc::new(Server::open(config, streaming.urls())?);
     server.node.sandboxes.recover().await.context("take in the sandboxes of a former server")?;
-    let templates = tokio::spawn(server.templates.clone().prepare());
+    let spares = server.node.sandboxes.deps().spares.clone();
+    let (templates, filled) = (server.templates.clone(), spares.clone());
+    let preparing = tokio::spawn(async move {
+        templates.prepare().await;
+        filled.fill();
+    });
     let streaming = tokio::spawn(streaming.serve(Arc::new(Pods(server.node.clone()))));
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     info!(socket = %socket.display(), version = crate::version::RUNTIME_VERSION, "serving");
     notify_ready();
     answer(server, listener, stop).await?;
-    templates.abort();
+    preparing.abort();
     streaming.abort();
+    spares.end().await;
     if let Err(error) = fs::remove_file(&socket) {
         warn!(%error, socket = %socket.display(), "cannot remove the socket");
     }

@@ -16,6 +16,9 @@ use std::{
 /// cpuset admits nobody.
 const V1_CONTROLLERS: [&str; 5] = ["cpu", "cpuacct", "memory", "pids", "freezer"];
 
+/// Looks at a cgroup until all its processes have been seen and moved.
+const ADMISSIONS: usize = 16;
+
 /// Limits; zero and empty: none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
@@ -144,6 +147,30 @@ impl Cgroup {
             doors.push(door.into());
         }
         Ok((doors, unset))
+    }
+
+    /// Moves every process of `from` here, through the doors that [`Cgroup::create`] has opened.
+    ///
+    /// # Errors
+    /// One cannot be moved.
+    pub fn admit(&self, doors: &[OwnedFd], from: &Self) -> io::Result<()> {
+        // Again, for those that were forked in between.
+        for _ in 0..ADMISSIONS {
+            let processes = from.processes()?;
+            if processes.is_empty() {
+                return Ok(());
+            }
+            for (door, pid) in
+                doors.iter().flat_map(|door| processes.iter().map(move |pid| (door, pid)))
+            {
+                match rustix::io::write(door, pid.to_string().as_bytes()) {
+                    // It has ended.
+                    Err(rustix::io::Errno::SRCH) => {}
+                    written => drop(written?),
+                }
+            }
+        }
+        Err(io::ErrorKind::ResourceBusy.into())
     }
 
     /// Its folder in the cgroup v2 hierarchy; `None` where there is no such hierarchy.

@@ -45,6 +45,7 @@ pub struct RawVm {
     pub(super) disk_mb: Option<u64>,
     pub(super) uid_base: Option<u32>,
     pub(super) uid_count: Option<u32>,
+    pub(super) spares: Option<usize>,
     pub(super) template_timeout_ms: Option<u64>,
     pub(super) kvm_probe_timeout_ms: Option<u64>,
     pub(super) start_timeout_ms: Option<u64>,
@@ -133,6 +134,7 @@ fn read_vm(vm: &mut Section<'_, '_>) -> RawVm {
         // 0 would be root, which a guest that breaks out must not be.
         uid_base: vm.take("uid_base", positive),
         uid_count: vm.take("uid_count", positive),
+        spares: vm.take("spares", count),
         template_timeout_ms: vm.take("template_timeout_ms", positive),
         kvm_probe_timeout_ms: vm.take("kvm_probe_timeout_ms", positive),
         start_timeout_ms: vm.take("start_timeout_ms", positive),
@@ -252,6 +254,14 @@ fn positive<N: std::str::FromStr + PartialOrd + From<u8>>(
     match number.to_string().parse::<N>() {
         Ok(number) if number > N::from(0) => Ok(number),
         Ok(_) | Err(_) => Err(format!("{integer} is not a positive number of this kind")),
+    }
+}
+
+/// A number of things, of which there may be none.
+fn count(value: &DeValue<'_>) -> Result<usize, String> {
+    match value.as_integer() {
+        Some(zero) if zero.as_str() == "0" => Ok(0),
+        _ => positive::<u16>(value).map(usize::from),
     }
 }
 

@@ -108,6 +108,8 @@ pub struct VmSettings {
     pub uid_base: u32,
     /// How many user ids there are; sandboxes beyond that share them.
     pub uid_count: u32,
+    /// How many guests wait for their pods.
+    pub spares: usize,
     /// For a template to be booted and saved.
     pub template_timeout: Duration,
     /// For the KVM try, which `accel = "auto"` makes first.
@@ -271,6 +273,7 @@ impl Config {
                 disk_bytes: vm.disk_mb.unwrap_or(16_384) << 20,
                 uid_base: vm.uid_base.unwrap_or(1_879_048_192),
                 uid_count: vm.uid_count.unwrap_or(65_536),
+                spares: vm.spares.unwrap_or(2),
                 template_timeout: milliseconds(vm.template_timeout_ms, 60_000),
                 kvm_probe_timeout: milliseconds(vm.kvm_probe_timeout_ms, 10_000),
                 start_timeout: milliseconds(vm.start_timeout_ms, 60_000),

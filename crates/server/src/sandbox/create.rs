@@ -7,31 +7,53 @@ use super::{
     network::Link,
     record::{BoundaryStatus, NetworkStatus, Record},
 };
-use crate::failpoint;
+use crate::{failpoint, status::chain};
 use a3s_box_types::sandbox::Event;
-use std::time::Instant;
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// Where the boundary of a new sandbox comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It is to be started.
+    New,
+    /// It waits under the sandbox's id.
+    Spare,
+}
 
 /// The record as far as the creation came, and how it ended. On an error something may be left, for
 /// teardown to find.
 pub async fn create(
     mut record: Record,
+    origin: Origin,
     deps: Deps,
     stop: CancellationToken,
 ) -> (Record, Result<(), SandboxError>) {
-    let result = steps(&mut record, &deps, &stop).await;
+    let result = steps(&mut record, origin, &deps, &stop).await;
     (record, result)
 }
 
 async fn steps(
     record: &mut Record,
+    origin: Origin,
     deps: &Deps,
     stop: &CancellationToken,
 ) -> Result<(), SandboxError> {
     let started = Instant::now();
     save(record, deps).await?;
     failpoint::hit("sandbox-intent-saved");
-    let link = deps.network.prepare(&record.id, &record.spec).await?;
+    let waiting = match origin {
+        Origin::New => false,
+        Origin::Spare => claimed(record, deps).await?,
+    };
+    let link = match waiting {
+        true => None,
+        false => Some(deps.network.prepare(&record.id, &record.spec).await?),
+    };
     failpoint::hit("sandbox-netns-made");
     let network = network_and_boundary(record, deps, link, stop).await?;
     let side_by_side = started.elapsed();
@@ -43,7 +65,9 @@ async fn steps(
     let shim = deps.shims.client(&record.id);
     let answer = unless_stopped(record, stop, shim.configure(order)).await?;
     failpoint::hit("sandbox-configured");
-    let mut stages_ms: std::collections::BTreeMap<_, _> = answer.stages_ms.into_iter().collect();
+    // A guest that waited counts from a start that was before the pod's.
+    let stages = if waiting { HashMap::new() } else { answer.stages_ms };
+    let mut stages_ms: BTreeMap<_, _> = stages.into_iter().collect();
     stages_ms.insert("server_network_and_shim".to_owned(), millis(side_by_side));
     stages_ms.insert("server_total".to_owned(), millis(started.elapsed()));
     record.boundary = Some(BoundaryStatus { kernel_release: answer.kernel_release, stages_ms });
@@ -56,16 +80,38 @@ async fn steps(
     Ok(())
 }
 
-/// CNI ADD and the start of the boundary side by side. The boundary may be given up at any time; ADD
-/// always runs to its end.
+/// Whether the guest that waited under this id is the sandbox's now. One that is of no use leaves nothing.
+async fn claimed(record: &Record, deps: &Deps) -> Result<bool, SandboxError> {
+    let (id, spec) = (&record.id, &record.spec);
+    let why = match deps.shims.claim(id, spec).await {
+        Ok(true) => return Ok(true),
+        Ok(false) => "it has ended, or was made of what is not today's".to_owned(),
+        Err(error) => chain(&error),
+    };
+    warn!(why, "the waiting guest is replaced");
+    deps.shims.end(id).await?;
+    deps.network.teardown(id, spec).await?;
+    deps.shims.forget(id).await?;
+    Ok(false)
+}
+
+/// CNI ADD and the start of the boundary, or its move to its place, side by side. The boundary may be given
+/// up at any time; ADD always runs to its end.
 async fn network_and_boundary(
     record: &Record,
     deps: &Deps,
-    link: Link,
+    link: Option<Link>,
     stop: &CancellationToken,
 ) -> Result<NetworkStatus, SandboxError> {
-    let attach = deps.network.attach(&record.id, &record.spec);
-    let start = unless_stopped(record, stop, deps.shims.start(&record.id, &record.spec, link));
+    let (id, spec) = (&record.id, &record.spec);
+    let attach = deps.network.attach(id, spec);
+    let start = async {
+        match link {
+            Some(link) => deps.shims.start(id, spec, link).await,
+            None => deps.shims.move_in(id, spec).await,
+        }
+    };
+    let start = unless_stopped(record, stop, start);
     tokio::pin!(attach, start);
     tokio::select! {
         network = &mut attach => {

@@ -3,7 +3,8 @@
 use super::{
     Deps, Happening, HappeningKind, Reply, Request, Sandbox, SandboxError, View, blocking,
     containers::Jobs,
-    create, now,
+    create::{self, Origin},
+    now,
     record::Record,
     watch::{self, Note},
 };
@@ -27,7 +28,7 @@ const QUEUE: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Beginning {
     /// A new sandbox.
-    Create,
+    Create(Origin),
     /// A sandbox that a former server left ready: find out what became of it.
     Resume,
     /// A sandbox that a former server left in the middle of its creation: end and forget it.
@@ -76,7 +77,7 @@ pub(crate) fn start(
 ) -> Sandbox {
     let (requests, queue) = mpsc::channel(QUEUE);
     let shim = deps.shims.client(&record.id);
-    let created = (beginning != Beginning::Create).then_some(Ok(()));
+    let created = (!matches!(beginning, Beginning::Create(_))).then_some(Ok(()));
     let settled = !matches!(beginning, Beginning::Resume);
     let first = View {
         record: record.clone(),
@@ -117,7 +118,7 @@ pub(crate) fn start(
 impl Driver {
     async fn run(mut self, beginning: Beginning) {
         match beginning {
-            Beginning::Create => self.begin_creation(),
+            Beginning::Create(origin) => self.begin_creation(origin),
             Beginning::Resume => self.watch(),
             Beginning::Forget => {
                 if self.remove().await.is_ok() {
@@ -176,9 +177,9 @@ impl Driver {
         }
     }
 
-    fn begin_creation(&mut self) {
+    fn begin_creation(&mut self, origin: Origin) {
         let stop = CancellationToken::new();
-        let work = create::create(self.record.clone(), self.deps.clone(), stop.clone());
+        let work = create::create(self.record.clone(), origin, self.deps.clone(), stop.clone());
         let end = tokio::spawn(work.in_current_span());
         self.creation = Some(Creation { stop, end, waiting: Vec::new() });
     }

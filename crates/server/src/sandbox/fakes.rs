@@ -8,6 +8,7 @@ use super::{
     network::{Link, Network},
     record::NetworkStatus,
     shims::Shims,
+    spares::Spares,
     spec::SandboxSpec,
 };
 use crate::shim_client::ShimClient;
@@ -42,6 +43,7 @@ struct Inner {
     netns: BTreeSet<SandboxId>,
     ips: BTreeSet<SandboxId>,
     folders: BTreeSet<SandboxId>,
+    spares: BTreeSet<SandboxId>,
     shims: BTreeMap<SandboxId, FakeShim>,
     steps_left: Option<usize>,
     failing: BTreeMap<&'static str, usize>,
@@ -68,6 +70,7 @@ impl FakeHost {
             store: Store::open(self.folder.path().join("sandboxes")).unwrap(),
             network: self.clone(),
             shims: self.clone(),
+            spares: Spares::none(),
             boot_id: "boot-1".to_owned(),
             events: broadcast::channel(64).0,
         }
@@ -234,6 +237,34 @@ impl Shims for FakeHost {
         self.step("started").await
     }
 
+    async fn start_spare(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        link: Link,
+    ) -> Result<(), SandboxError> {
+        self.lock().spares.insert(id.clone());
+        self.start(id, spec, link).await
+    }
+
+    fn is_spare(&self, id: &SandboxId) -> bool {
+        self.lock().spares.contains(id)
+    }
+
+    async fn claim(&self, id: &SandboxId, _: &SandboxSpec) -> Result<bool, SandboxError> {
+        self.step("claim").await?;
+        if !self.lock().shims.contains_key(id) {
+            return Ok(false);
+        }
+        self.lock().spares.remove(id);
+        self.step("claimed").await?;
+        Ok(true)
+    }
+
+    async fn move_in(&self, _: &SandboxId, _: &SandboxSpec) -> Result<(), SandboxError> {
+        self.step("move in").await
+    }
+
     fn client(&self, id: &SandboxId) -> ShimClient {
         ShimClient::new(self.socket(id))
     }
@@ -258,6 +289,7 @@ impl Shims for FakeHost {
     async fn forget(&self, id: &SandboxId) -> Result<(), SandboxError> {
         self.step("forget").await?;
         self.lock().folders.remove(id);
+        self.lock().spares.remove(id);
         Ok(())
     }
 

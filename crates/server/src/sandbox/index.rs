@@ -5,6 +5,7 @@
 
 use super::{
     Deps, Sandbox, SandboxError, View,
+    create::Origin,
     driver::{self, Beginning},
     now,
     record::Record,
@@ -58,8 +59,12 @@ impl Sandboxes {
                 id: view.record.id.to_string(),
             });
         }
+        let (id, origin) = match self.deps.spares.take(&spec) {
+            Some(id) => (id, Origin::Spare),
+            None => (SandboxId::from_random(rand::random()), Origin::New),
+        };
         let record = Record {
-            id: SandboxId::from_random(rand::random()),
+            id,
             spec,
             state: SandboxState::Creating,
             created_at: now(),
@@ -68,7 +73,7 @@ impl Sandboxes {
             boundary: None,
             end_reason: None,
         };
-        Ok(self.insert(&mut index, record, BTreeMap::new(), None, Beginning::Create))
+        Ok(self.insert(&mut index, record, BTreeMap::new(), None, Beginning::Create(origin)))
     }
 
     /// Takes a sandbox of a former server in.

@@ -26,8 +26,10 @@ pub mod index;
 pub mod network;
 pub mod record;
 mod recovery;
+pub mod rehearsal;
 pub mod shim_process;
 pub mod shims;
+pub mod spares;
 pub mod spec;
 mod teardown;
 mod watch;
@@ -48,6 +50,7 @@ use a3s_box_api::shim::v1 as shim;
 use a3s_box_store::Store;
 use a3s_box_types::{ContainerId, SandboxId, sandbox::SandboxState};
 use record::Record;
+use spares::Spares;
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -64,6 +67,8 @@ pub struct Deps {
     pub network: Arc<dyn network::Network>,
     /// Shims and their boundaries.
     pub shims: Arc<dyn shims::Shims>,
+    /// Guests that wait for their pods.
+    pub spares: Spares,
     /// This boot of the host.
     pub boot_id: String,
     /// What happened, for GetContainerEvents; nobody needs to listen.

@@ -8,6 +8,7 @@
 //! | Ready, could not tell | kept, shown NOTREADY, looked at again |
 //! | Stopping | its teardown goes on |
 //! | folder or namespace without a readable record, no process | torn down by its id, forgotten |
+//! | a spare guest without a record | the same, with its processes |
 //! | the same, with a process or in doubt | kept, shown NOTREADY until somebody stops it |
 
 use super::{
@@ -15,7 +16,7 @@ use super::{
     driver::Beginning,
     index, now,
     record::{Record, SANDBOX},
-    spec::{HostLimits, NodeNamespaces, SandboxName, SandboxSpec},
+    spec::{SandboxName, SandboxSpec},
 };
 use crate::{container::ContainerRecord, status::chain};
 use a3s_box_store::Object;
@@ -86,8 +87,11 @@ impl index::Sandboxes {
 
     /// Something is left of a sandbox whose record is not there or not readable.
     async fn lost(&self, id: &SandboxId) {
+        let spare = self.deps().shims.is_spare(id);
         let doubt = match self.deps().shims.is_alive(id).await {
             Ok(false) => None,
+            // No pod was ever in it.
+            Ok(true) if spare => None,
             Ok(true) => Some("its record is lost and its shim lives".to_owned()),
             Err(error) => Some(format!("its record is lost; {}", chain(&error))),
         };
@@ -172,28 +176,9 @@ fn placeholder(id: &SandboxId, boot_id: &str) -> Record {
         uid: id.to_string(),
         attempt: 0,
     };
-    let spec = SandboxSpec {
-        name,
-        runtime_handler: String::new(),
-        node_namespaces: NodeNamespaces::default(),
-        hostname: String::new(),
-        log_directory: String::new(),
-        dns: None,
-        port_mappings: Vec::new(),
-        labels: BTreeMap::new(),
-        annotations: BTreeMap::new(),
-        cgroup_parent: String::new(),
-        sysctls: BTreeMap::new(),
-        shared_pid: true,
-        user_namespace: None,
-        privileged: false,
-        network: None,
-        host_limits: HostLimits::default(),
-        size: VmSize { vcpus: 0, memory_mb: 0 },
-    };
     Record {
         id: id.clone(),
-        spec,
+        spec: SandboxSpec::plain(name, VmSize { vcpus: 0, memory_mb: 0 }),
         state: SandboxState::Ready,
         created_at: now(),
         boot_id: boot_id.to_owned(),

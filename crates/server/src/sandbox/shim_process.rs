@@ -8,6 +8,8 @@
 //! Whether anything lives is read from the shim's own list of processes (pid and start time) and from
 //! the pod's cgroup, whose name derives from the id; only what is found there is ever killed.
 
+mod spare;
+
 use super::{
     SandboxError, blocking,
     network::Link,
@@ -49,7 +51,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-/// Holds the name of the pod's cgroup, for a teardown without a record.
+/// Holds the parent of the pod's cgroup, for a teardown without a record; two while it moves.
 const CGROUP_FILE: &str = "cgroup";
 const LOG_FILE: &str = "shim.log";
 const DISK_FILE: &str = "disk.ext4";
@@ -190,12 +192,13 @@ impl ShimProcesses {
         })
     }
 
-    /// The pod's cgroup; `None` when its name was never written, so nothing ever entered it.
-    fn cgroup(&self, id: &SandboxId) -> Result<Option<Cgroup>, SandboxError> {
+    /// The pod's cgroup, or both while it moves; none when its name was never written, so nothing
+    /// ever entered it.
+    fn cgroups(&self, id: &SandboxId) -> Result<Vec<Cgroup>, SandboxError> {
         let file = self.folder(id).join(CGROUP_FILE);
         match fs::read_to_string(&file) {
-            Ok(parent) => Ok(Some(self.cgroup_under(id, &parent))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Ok(parents) => Ok(parents.lines().map(|one| self.cgroup_under(id, one)).collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(SandboxError::step("read the name of the pod's cgroup", error)),
         }
     }
@@ -233,12 +236,12 @@ impl ShimProcesses {
                 listed_alive.push(identity);
             }
         }
-        let cgroup = self.cgroup(id)?;
-        let members = match &cgroup {
-            Some(cgroup) => cgroup.processes().map_err(failed)?.len(),
-            None => 0,
-        };
-        Ok(Living { listed: listed_alive, members, cgroup })
+        let cgroups = self.cgroups(id)?;
+        let mut members = 0;
+        for cgroup in &cgroups {
+            members += cgroup.processes().map_err(failed)?.len();
+        }
+        Ok(Living { listed: listed_alive, members, cgroups })
     }
 
     async fn wait_until_gone(&self, id: &SandboxId) -> Result<(), SandboxError> {
@@ -258,10 +261,10 @@ impl ShimProcesses {
     }
 
     async fn remove_cgroup(&self, id: &SandboxId) -> Result<(), SandboxError> {
-        let Some(cgroup) = self.cgroup(id)? else { return Ok(()) };
+        let cgroups = self.cgroups(id)?;
         let since = Instant::now();
         loop {
-            match cgroup.remove() {
+            match cgroups.iter().try_for_each(Cgroup::remove) {
                 Ok(()) => return Ok(()),
                 // The kernel is still letting go of the last process.
                 Err(error)
@@ -302,7 +305,7 @@ impl ShimProcesses {
 struct Living {
     listed: Vec<Identity>,
     members: usize,
-    cgroup: Option<Cgroup>,
+    cgroups: Vec<Cgroup>,
 }
 
 impl Living {
@@ -315,20 +318,20 @@ impl Living {
         for process in &self.listed {
             process.kill().map_err(failed)?;
         }
-        if let Some(cgroup) = &self.cgroup {
+        for cgroup in &self.cgroups {
             cgroup.kill().map_err(failed)?;
         }
         Ok(())
     }
 }
 
-#[tonic::async_trait]
-impl Shims for ShimProcesses {
-    async fn start(
+impl ShimProcesses {
+    async fn begin(
         &self,
         id: &SandboxId,
         spec: &SandboxSpec,
         link: Link,
+        limits: Limits,
     ) -> Result<(), SandboxError> {
         let (boundary, fds) = self.boundary(id, spec, link).await?;
         let birth = Birth {
@@ -337,7 +340,7 @@ impl Shims for ShimProcesses {
             config: ShimConfig { version: 1, sandbox_id: id.clone(), boundary },
             cgroup: self.cgroup_under(id, parent(spec)),
             cgroup_parent: parent(spec).to_owned(),
-            limits: limits(spec),
+            limits,
             oom_score_adj: spec.host_limits.oom_score_adj,
             fds,
             children: self.children.clone(),
@@ -353,6 +356,39 @@ impl Shims for ShimProcesses {
         let ready = pipe::Receiver::from_owned_fd(ready)
             .map_err(|error| SandboxError::step("start the pod's shim", error))?;
         self.wait_ready(id, ready).await
+    }
+}
+
+#[tonic::async_trait]
+impl Shims for ShimProcesses {
+    async fn start(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        link: Link,
+    ) -> Result<(), SandboxError> {
+        self.begin(id, spec, link, limits(spec)).await
+    }
+
+    async fn start_spare(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        link: Link,
+    ) -> Result<(), SandboxError> {
+        self.begin_spare(id, spec, link).await
+    }
+
+    fn is_spare(&self, id: &SandboxId) -> bool {
+        self.marked_spare(id)
+    }
+
+    async fn claim(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<bool, SandboxError> {
+        self.claim_spare(id, spec).await
+    }
+
+    async fn move_in(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), SandboxError> {
+        self.move_spare(id, spec).await
     }
 
     fn client(&self, id: &SandboxId) -> ShimClient {
@@ -640,7 +676,7 @@ mod tests {
         // The next server knows nothing but the folder.
         let next = self::shims(folder.path(), "exit 1");
         assert!(next.is_alive(&id).await.unwrap());
-        let cgroup = next.cgroup(&id).unwrap().unwrap();
+        let cgroup = next.cgroups(&id).unwrap().remove(0);
         next.end(&id).await.unwrap();
         assert!(!next.is_alive(&id).await.unwrap());
         assert!(cgroup.processes().unwrap().is_empty());

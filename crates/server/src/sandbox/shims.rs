@@ -16,6 +16,19 @@ pub trait Shims: Send + Sync {
         spec: &SandboxSpec,
         link: Link,
     ) -> Result<(), SandboxError>;
+    /// Starts one that no pod needs yet; the spec says its size.
+    async fn start_spare(
+        &self,
+        id: &SandboxId,
+        spec: &SandboxSpec,
+        link: Link,
+    ) -> Result<(), SandboxError>;
+    /// Whether it was started so and never claimed.
+    fn is_spare(&self, id: &SandboxId) -> bool;
+    /// Makes such a shim the sandbox's. `false`: it is of no use any more, and only good to be ended.
+    async fn claim(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<bool, SandboxError>;
+    /// Gives a claimed shim the sandbox's place and limits on the host.
+    async fn move_in(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), SandboxError>;
     /// Its socket's client; there need not be a shim.
     fn client(&self, id: &SandboxId) -> ShimClient;
     /// Whether a process of the boundary exists. An error means: could not tell.

@@ -1,6 +1,7 @@
 //! What a sandbox is to be, free of CRI types: the part of the record that never changes.
 
 use crate::user_namespace::UserNamespace;
+use a3s_box_types::shim::VmSize;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
@@ -43,10 +44,33 @@ pub struct SandboxSpec {
     /// Limits of the pod's processes on the host.
     pub host_limits: HostLimits,
     /// Size of the virtual machine, if it has one.
-    pub size: a3s_box_types::shim::VmSize,
+    pub size: VmSize,
 }
 
 impl SandboxSpec {
+    /// A virtual machine of this size, and nothing else asked for.
+    pub fn plain(name: SandboxName, size: VmSize) -> Self {
+        Self {
+            name,
+            runtime_handler: String::new(),
+            node_namespaces: NodeNamespaces::default(),
+            hostname: String::new(),
+            log_directory: String::new(),
+            dns: None,
+            port_mappings: Vec::new(),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            cgroup_parent: String::new(),
+            sysctls: BTreeMap::new(),
+            shared_pid: false,
+            user_namespace: None,
+            privileged: false,
+            network: None,
+            host_limits: HostLimits::default(),
+            size,
+        }
+    }
+
     /// What separates the pod from the node.
     pub fn boundary(&self) -> Boundary {
         if self.node_namespaces == NodeNamespaces::default() {

@@ -1,0 +1,252 @@
+//! Spare guests: started, and rehearsed, before a pod asks for them.
+//!
+//! A spare has the id that its sandbox will have, so every name outside is right from the beginning. Its
+//! network namespace is without CNI, its cgroup yields to every pod's, and its folder is marked: a server
+//! that finds it without a record ends it. RunPodSandbox of the same size takes one; another one is then
+//! made, of the sizes that were asked for last. What is not taken ends with the server.
+
+use super::{
+    SandboxError, blocking,
+    network::Network,
+    rehearsal::Rehearsal,
+    shims::Shims,
+    spec::{Boundary, SandboxName, SandboxSpec},
+};
+use crate::status::chain;
+use a3s_box_store::Store;
+use a3s_box_types::{SandboxId, shim::VmSize};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::{sync::Notify, task::AbortHandle};
+use tracing::{info, warn};
+
+/// Until another one is tried after one could not be made.
+const RETRY: Duration = Duration::from_secs(60);
+
+/// The node's spare guests. Cheap to clone.
+#[derive(Clone)]
+pub struct Spares(Option<Arc<Inner>>);
+
+struct Inner {
+    outside: Outside,
+    pool: Mutex<Pool>,
+    wake: Notify,
+}
+
+/// What spares are made with.
+pub struct Outside {
+    /// Where their disks lie, as all sandboxes'.
+    pub store: Store,
+    /// For namespace and tap.
+    pub network: Arc<dyn Network>,
+    /// For the guest itself.
+    pub shims: Arc<dyn Shims>,
+    /// What each goes through before it is ready.
+    pub rehearsal: Rehearsal,
+}
+
+#[derive(Default)]
+struct Pool {
+    /// One entry for each spare there should be, the size asked for last at the end.
+    wanted: VecDeque<VmSize>,
+    ready: Vec<Spare>,
+    making: Option<Spare>,
+    task: Option<AbortHandle>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Spare {
+    id: SandboxId,
+    size: VmSize,
+}
+
+impl Spares {
+    /// Never any.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// `count` of them, at first of the size `default`. None is made before [`Spares::fill`].
+    pub fn new(count: usize, default: VmSize, outside: Outside) -> Self {
+        if count == 0 {
+            return Self::none();
+        }
+        let pool = Pool { wanted: vec![default; count].into(), ..Pool::default() };
+        Self(Some(Arc::new(Inner { outside, pool: Mutex::new(pool), wake: Notify::new() })))
+    }
+
+    /// Begins to make them, one at a time. Call inside a runtime.
+    pub fn fill(&self) {
+        let Some(inner) = self.0.clone() else { return };
+        let mut pool = inner.lock();
+        if pool.task.is_none() {
+            pool.task = Some(tokio::spawn(inner.clone().run()).abort_handle());
+        }
+    }
+
+    /// One for this sandbox, which has its id from now on.
+    pub fn take(&self, spec: &SandboxSpec) -> Option<SandboxId> {
+        let inner = self.0.as_ref().filter(|_| spec.boundary() == Boundary::Microvm)?;
+        let taken = inner.lock().take(spec.size);
+        inner.wake.notify_one();
+        taken
+    }
+
+    /// Ends all, and makes no more.
+    pub async fn end(&self) {
+        let Some(inner) = &self.0 else { return };
+        let left: Vec<Spare> = {
+            let mut pool = inner.lock();
+            pool.wanted.clear();
+            if let Some(task) = pool.task.take() {
+                task.abort();
+            }
+            let making = pool.making.take();
+            pool.ready.drain(..).chain(making).collect()
+        };
+        futures::future::join_all(left.iter().map(|spare| inner.discard(spare))).await;
+    }
+}
+
+impl Pool {
+    fn take(&mut self, size: VmSize) -> Option<SandboxId> {
+        if self.wanted.pop_front().is_some() {
+            self.wanted.push_back(size);
+        }
+        let at = self.ready.iter().position(|spare| spare.size == size)?;
+        Some(self.ready.remove(at).id)
+    }
+
+    /// What is to be done next: end one that nobody wants any more, or make one.
+    fn next(&mut self) -> Option<Work> {
+        let mut missing: Vec<VmSize> = self.wanted.iter().copied().collect();
+        let mut unwanted = None;
+        for (at, spare) in self.ready.iter().enumerate() {
+            match missing.iter().position(|size| *size == spare.size) {
+                Some(found) => drop(missing.remove(found)),
+                None => unwanted = Some(at),
+            }
+        }
+        if let Some(at) = unwanted {
+            return Some(Work::End(self.ready.remove(at)));
+        }
+        let spare = Spare { id: SandboxId::from_random(rand::random()), size: missing.pop()? };
+        self.making = Some(spare.clone());
+        Some(Work::Make(spare))
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Work {
+    Make(Spare),
+    End(Spare),
+}
+
+impl Inner {
+    async fn run(self: Arc<Self>) {
+        loop {
+            let work = self.lock().next();
+            match work {
+                None => self.wake.notified().await,
+                Some(Work::End(spare)) => self.discard(&spare).await,
+                Some(Work::Make(spare)) => self.make(spare).await,
+            }
+        }
+    }
+
+    async fn make(&self, spare: Spare) {
+        let since = Instant::now();
+        let made = self.start(&spare).await;
+        if let Err(error) = &made {
+            warn!(size = ?spare.size, "no spare guest: {}", chain(error));
+            self.discard(&spare).await;
+        }
+        {
+            let mut pool = self.lock();
+            pool.making = None;
+            if made.is_ok() {
+                let ms = since.elapsed().as_millis();
+                info!(id = spare.id.short(), size = ?spare.size, ms, "spare guest ready");
+                return pool.ready.push(spare);
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+
+    async fn start(&self, spare: &Spare) -> Result<(), SandboxError> {
+        let (id, spec) = (&spare.id, spare.spec());
+        let link = self.outside.network.prepare(id, &spec).await?;
+        self.outside.shims.start_spare(id, &spec, link).await?;
+        self.outside.rehearsal.run(id, &spec, &self.outside.shims.client(id)).await
+    }
+
+    /// Leaves nothing of one; what stays is for the next server to find.
+    async fn discard(&self, spare: &Spare) {
+        let (id, spec) = (&spare.id, spare.spec());
+        let end = async {
+            self.outside.shims.end(id).await?;
+            self.outside.network.teardown(id, &spec).await?;
+            self.outside.shims.forget(id).await?;
+            let (store, id) = (self.outside.store.clone(), id.clone());
+            blocking("remove a spare's folder", move || Ok(store.remove(id.as_str())?)).await
+        };
+        if let Err(error) = end.await {
+            warn!(id = id.short(), "a spare guest is not removed: {}", chain(&error));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pool> {
+        // A panic while it was held left plain data, whole at every statement.
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Spare {
+    fn spec(&self) -> SandboxSpec {
+        let name = SandboxName {
+            namespace: "a3s-box-spare".to_owned(),
+            name: "spare".to_owned(),
+            uid: self.id.to_string(),
+            attempt: 0,
+        };
+        SandboxSpec::plain(name, self.size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(memory_mb: u32) -> VmSize {
+        VmSize { vcpus: 1, memory_mb }
+    }
+
+    fn make(pool: &mut Pool) -> VmSize {
+        let Some(Work::Make(spare)) = pool.next() else { panic!("one is to be made") };
+        let size = spare.size;
+        pool.ready.push(spare);
+        size
+    }
+
+    #[test]
+    fn spares_follow_the_sizes_that_were_asked_for_last() {
+        let mut pool = Pool { wanted: vec![size(512); 2].into(), ..Pool::default() };
+        assert_eq!((make(&mut pool), make(&mut pool)), (size(512), size(512)));
+        assert_eq!(pool.next(), None);
+
+        let first = pool.ready[0].id.clone();
+        assert_eq!(pool.take(size(512)), Some(first));
+        assert_eq!(make(&mut pool), size(512));
+
+        // Another size: there is none yet, and the next time there is.
+        assert_eq!(pool.take(size(1024)), None);
+        assert!(matches!(pool.next(), Some(Work::End(spare)) if spare.size == size(512)));
+        assert_eq!(make(&mut pool), size(1024));
+        assert_eq!(pool.next(), None);
+        assert!(pool.take(size(1024)).is_some());
+        assert!(pool.take(size(512)).is_some());
+    }
+}
