@@ -11,10 +11,12 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
 
 /// A cold boot under full load; a clone needs a hundredth of it.
 const HELLO_DEADLINE: Duration = Duration::from_secs(60);
+/// How long after the volume server's end its machine's own end is still its reason.
+const MACHINE_FOLLOWS: Duration = Duration::from_secs(1);
 
 /// What the machine is started with.
 #[derive(Debug)]
@@ -57,8 +59,12 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
     };
     let ended = async {
         tokio::select! {
+            biased;
             exit = vm.wait() => exit.reason,
-            why = volumes.ended("volume server") => why,
+            why = volumes.ended("volume server") => {
+                // It ends with its machine as well, and may be seen to first.
+                timeout(MACHINE_FOLLOWS, vm.wait()).await.map_or(why, |exit| exit.reason)
+            }
         }
     };
     let why = owner.serve(greeted, ended).await;
