@@ -27,6 +27,7 @@ var (
 	n        = flag.Int("n", 20, "repetitions")
 	atOnce   = flag.Int("at-once", 10, "pods of the concurrent row")
 	dense    = flag.Int("dense", 10, "pods of the memory row")
+	pause    = flag.Duration("pause", 0, "before each repetition, as if nobody asked for a pod for so long")
 	hold     = flag.String("hold", "", "with the memory row's pods up, write their ids here and wait until the file is gone")
 )
 
@@ -67,6 +68,7 @@ func main() {
 		if i == 0 {
 			into = sample{}
 		}
+		time.Sleep(*pause)
 		if err := c.life(ctx, into); err != nil {
 			log.Fatal(err)
 		}

@@ -3,6 +3,7 @@
 use crate::{
     config::Config,
     container::Container,
+    device_rules::DeviceRules,
     error::{Error, Step},
     events::Events,
     launcher::{Descriptors, Launcher},
@@ -41,6 +42,8 @@ pub struct Agent {
     pub layers: Layers,
     /// Compiled seccomp profiles.
     pub filters: Filters,
+    /// Loaded device rules.
+    pub device_rules: DeviceRules,
     /// Set by ConfigureSandbox.
     pub sandbox: OnceLock<Sandbox>,
     /// Set by a rehearsal of it.
@@ -76,6 +79,7 @@ impl Agent {
             events: Events::default(),
             layers: Layers::new(&config),
             filters: Filters::default(),
+            device_rules: DeviceRules::default(),
             sandbox: OnceLock::new(),
             rehearsal: OnceLock::new(),
             configuring: Mutex::new(false),

@@ -12,8 +12,8 @@ use crate::{
     error::{Error, Step},
     limits::{Limit, Limits},
 };
-use a3s_box_sys::device_filter::{self, Rule};
-use rustix::fd::{AsFd, OwnedFd};
+use a3s_box_sys::device_filter;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -61,8 +61,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Puts limits and device rules in force.
-    pub fn limit(&self, limits: &Limits, rules: &[Rule]) -> Result<(), Error> {
+    /// Puts limits and loaded device rules in force.
+    pub fn limit(&self, limits: &Limits, rules: BorrowedFd<'_>) -> Result<(), Error> {
         self.update(limits)?;
         let folder = self.open()?;
         device_filter::attach(folder.as_fd(), rules).step("device rules")

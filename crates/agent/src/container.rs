@@ -189,7 +189,7 @@ fn prepare(
     }
     let filter = spec.seccomp.as_ref().map(|profile| agent.filters.get(profile)).transpose()?;
     files.cgroup.create()?;
-    files.cgroup.limit(&spec.limits, &spec.rules)?;
+    files.cgroup.limit(&spec.limits, agent.device_rules.get(&spec.rules)?.as_fd())?;
     let mut layers = Vec::with_capacity(request.layers.len());
     for name in &request.layers {
         layers.push(agent.layers.acquire(name)?);

@@ -16,6 +16,7 @@ mod cgroup;
 mod child;
 mod config;
 mod container;
+mod device_rules;
 mod error;
 mod events;
 mod exec;

@@ -676,6 +676,8 @@ fn client(host: &Host, limits: &Limits) -> Result<Client, ImageError> {
     let unusable =
         |path: &Path, why: String| ImageError::RegistryConfig { path: path.to_owned(), why };
     let read = |path: &Path| fs::read(path).map_err(|error| ImageError::io("read", path, error));
+    // The streaming server's is the same; a second call changes nothing.
+    rustls::crypto::ring::default_provider().install_default().ok();
     let mut builder = Client::builder()
         .user_agent(concat!("a3s-box/", env!("CARGO_PKG_VERSION")))
         .redirect(reqwest::redirect::Policy::none())

@@ -35,7 +35,11 @@ pub async fn run(
             match output.kind {
                 Some(exec_output::Kind::Stdout(bytes)) => keep(&mut stdout, &bytes),
                 Some(exec_output::Kind::Stderr(bytes)) => keep(&mut stderr, &bytes),
-                Some(exec_output::Kind::Exit(end)) => exit = Some(end),
+                // The last answer; the call's own end comes when the agent has cleaned up.
+                Some(exec_output::Kind::Exit(end)) => {
+                    exit = Some(end);
+                    break;
+                }
                 Some(exec_output::Kind::Started(_)) | None => {}
             }
         }

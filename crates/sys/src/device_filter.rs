@@ -148,9 +148,8 @@ struct AttachAttr {
     attach_flags: u32,
 }
 
-/// Enforces `rules` on every process in `cgroup` (a descriptor of its folder) and below, until
-/// the cgroup is removed.
-pub fn attach(cgroup: BorrowedFd<'_>, rules: &[Rule]) -> io::Result<()> {
+/// Compiles `rules` and has the kernel check them, once for all cgroups that they are for.
+pub fn load(rules: &[Rule]) -> io::Result<OwnedFd> {
     let program = compile(rules);
     let load = LoadAttr {
         prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
@@ -170,7 +169,12 @@ pub fn attach(cgroup: BorrowedFd<'_>, rules: &[Rule]) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: a new descriptor that nobody else owns.
-    let program = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+}
+
+/// Enforces loaded rules on every process in `cgroup` (a descriptor of its folder) and below, until
+/// the cgroup is removed.
+pub fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let attach = AttachAttr {
         target_fd: cgroup.as_raw_fd() as u32,
         attach_bpf_fd: program.as_raw_fd() as u32,
@@ -187,6 +191,7 @@ pub fn attach(cgroup: BorrowedFd<'_>, rules: &[Rule]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fd::AsFd;
 
     /// Runs the few instructions that `compile` writes.
     fn run(program: &[Insn], kind: u32, asked: u32, major: u32, minor: u32) -> bool {
@@ -259,7 +264,8 @@ mod tests {
         let fd = std::fs::File::open(&cgroup).unwrap();
         let rule =
             Rule { allow: true, kind: Kind::Any, major: None, minor: None, access: access::ALL };
-        let result = attach(rustix::fd::AsFd::as_fd(&fd), &[rule, Rule { major: Some(7), ..rule }]);
+        let program = load(&[rule, Rule { major: Some(7), ..rule }]);
+        let result = program.and_then(|program| attach(fd.as_fd(), program.as_fd()));
         std::fs::remove_dir(&cgroup).unwrap();
         result.unwrap();
     }

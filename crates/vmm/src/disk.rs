@@ -3,8 +3,8 @@
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path, process::Command};
 
-/// Makes `path` an empty ext4 of `bytes`. It has no journal: it lives as long as its pod, and is
-/// never recovered.
+/// Makes `path` an empty ext4 of `bytes`. It has neither journal nor checksums: it lives as long as its
+/// pod, and is never recovered.
 ///
 /// # Errors
 /// The file's, or what mkfs.ext4 printed.
@@ -12,7 +12,7 @@ pub fn format(path: &Path, bytes: u64) -> io::Result<File> {
     let file = File::options().read(true).write(true).create_new(true).open(path)?;
     file.set_len(bytes)?;
     let output = Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"])
+        .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode,^metadata_csum"])
         .args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
         .arg(path)
         .output()

@@ -370,8 +370,9 @@ async fn a_container_that_was_being_made_when_the_server_died_is_undone() {
         () = made => {}
     }
     drop(dead);
-    host.shim(&id).stuck.lock().unwrap().clear();
     let next = recovered(&host).await;
+    // Not before: the dead one must not get its answer after all.
+    host.shim(&id).stuck.lock().unwrap().clear();
     assert!(next.only().view().containers.is_empty());
     assert!(host.shim(&id).containers.lock().unwrap().is_empty());
     running(&next.only(), &id, "c").await;

@@ -13,8 +13,8 @@ use tracing::warn;
 
 /// Lies in the folder of a shim that is no pod's.
 const SPARE_FILE: &str = "spare";
-/// The least that there is, as v1 counts it: spares run when no pod wants to.
-const SPARE_CPU_SHARES: u64 = 2;
+/// An eighth of a pod's that asks for none: less, and a busy node never gets a spare ready.
+const SPARE_CPU_SHARES: u64 = 128;
 /// The kernel's own, for pods that ask for none.
 const CPU_SHARES: u64 = 1024;
 
