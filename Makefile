@@ -39,6 +39,7 @@ lint: deps
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	scripts/check-crates.py
+	scripts/check-deny.py
 
 fmt:
 	cargo fmt --all

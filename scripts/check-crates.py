@@ -7,6 +7,7 @@ import sys
 
 ALLOWED = {
     "api": set(),
+    "failpoint": set(),
     "types": set(),
     "sys": set(),
     "store": {"types", "sys"},
@@ -16,8 +17,8 @@ ALLOWED = {
     "vmm": {"store", "sys", "types"},
     "volume": {"store", "sys", "types"},
     "agent": {"api", "volume", "store", "sys", "types"},
-    "shim": {"api", "vmm", "volume", "store", "sys", "types"},
-    "cri": {"api", "image", "net", "streaming", "vmm", "store", "sys", "types"},
+    "shim": {"api", "failpoint", "vmm", "volume", "store", "sys", "types"},
+    "cri": {"api", "failpoint", "image", "net", "streaming", "vmm", "store", "sys", "types"},
 }
 PREFIX = "a3s-box-"
 

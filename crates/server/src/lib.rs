@@ -19,7 +19,6 @@ pub mod container_status;
 pub mod container_stop;
 pub mod container_update;
 pub mod exec_sync;
-pub mod failpoint;
 pub mod host_devices;
 pub mod image_fs_info;
 pub mod image_list;
@@ -58,4 +57,5 @@ mod container_flows;
 #[cfg(test)]
 mod image_flows;
 
+pub use a3s_box_failpoint as failpoint;
 pub use serve::Server;

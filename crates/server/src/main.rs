@@ -114,8 +114,6 @@ fn host(config: &Config) -> Result<ExitCode> {
 }
 
 fn server(config: Config) -> Result<()> {
-    #[cfg(feature = "failpoints")]
-    let _failpoints = a3s_box_server::failpoint::init();
     let filter = EnvFilter::try_new(&config.log).context("log")?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

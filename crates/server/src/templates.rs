@@ -139,19 +139,6 @@ impl GuestTemplates {
     pub fn missing(&self) -> Option<String> {
         self.0.stamp().err().map(|error| chain(&error))
     }
-
-    /// A clone of this size did not come to life, for this reason: the next guests are booted.
-    pub async fn clone_failed(&self, size: VmSize, why: &str) {
-        let slot = self.0.slot(size);
-        let mut state = slot.lock().await;
-        if let State::Ready { stamp, template } = &*state {
-            warn!(?size, why, "guests are booted: a clone of the template did not start");
-            if let Err(error) = fs::remove_dir_all(template.dir()) {
-                warn!(%error, folder = %template.dir().display(), "cannot remove a bad template");
-            }
-            *state = State::Failed { stamp: stamp.clone(), since: Instant::now() };
-        }
-    }
 }
 
 #[tonic::async_trait]
@@ -163,6 +150,18 @@ impl Templates for GuestTemplates {
         let order = tokio::spawn(async move { inner.order(size).await }).await;
         let order = order.map_err(|error| SandboxError::step(STEP, error))?;
         order.map_err(|error| SandboxError::step(STEP, error))
+    }
+
+    async fn clone_failed(&self, size: VmSize, why: &str) {
+        let slot = self.0.slot(size);
+        let mut state = slot.lock().await;
+        if let State::Ready { stamp, template } = &*state {
+            warn!(?size, why, "guests are booted: a clone of the template did not start");
+            if let Err(error) = fs::remove_dir_all(template.dir()) {
+                warn!(%error, folder = %template.dir().display(), "cannot remove a bad template");
+            }
+            *state = State::Failed { stamp: stamp.clone(), since: Instant::now() };
+        }
     }
 }
 

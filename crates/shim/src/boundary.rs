@@ -70,6 +70,7 @@ struct Facts {
     processes: Vec<u32>,
     console: Console,
     stages: HashMap<String, f64>,
+    clone_failed: bool,
 }
 
 impl Handle {
@@ -136,6 +137,11 @@ impl Handle {
         self.facts().stages
     }
 
+    /// Its template was of no use.
+    pub fn clone_failed(&self) -> bool {
+        self.facts().clone_failed
+    }
+
     /// Notes that `stage` is over.
     pub fn reached(&self, stage: &str, since: Instant) {
         note(&self.facts, stage, since);
@@ -193,6 +199,11 @@ impl Owner {
     /// Shows the console to whoever asks.
     pub fn show_console(&self, console: Console) {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner).console = console;
+    }
+
+    /// Notes that the template is of no use.
+    pub fn clone_failed(&self) {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone_failed = true;
     }
 
     /// Publishes the agent behind `stream` once it answers. Comes back with the reason when `ended`

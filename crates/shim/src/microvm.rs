@@ -1,21 +1,28 @@
 //! The boundary that is a virtual machine: QEMU and the volume server.
 
 use crate::{boundary::Owner, volume_server};
+use a3s_box_failpoint as failpoint;
 use a3s_box_types::shim::{CONSOLE_FILE, MicrovmConfig, Start};
-use a3s_box_vmm::{Vm, VmParts, VmStreams, disk, template, wait_hello};
+use a3s_box_vmm::{Stage, Vm, VmParts, VmStreams, disk, template, wait_hello};
 use anyhow::Context;
 use std::{
     fs::File,
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{
+    net::UnixStream,
+    time::{sleep, timeout},
+};
 
-/// A cold boot under full load; a clone needs a hundredth of it.
-const HELLO_DEADLINE: Duration = Duration::from_secs(60);
-/// How long after the volume server's end its machine's own end is still its reason.
+/// A cold boot under full load.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// A clone needs a hundredth of that, and one that does not come is replaced by a boot.
+const CLONE_DEADLINE: Duration = Duration::from_secs(30);
+/// How long after another part's end its machine's own end is still the reason.
 const MACHINE_FOLLOWS: Duration = Duration::from_secs(1);
 
 /// What the machine is started with.
@@ -41,10 +48,17 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
         template_ram,
         console_file: owner.folder.join(CONSOLE_FILE),
     };
-    let (mut vm, VmStreams { agent, volumes }) = Vm::start(vm_parts).await?;
+    let is_clone = matches!(config.vm.start, Start::Clone { .. });
+    let started = Vm::start(vm_parts).await;
+    if is_clone && matches!(&started, Err(err) if err.stage == Stage::Load) {
+        owner.clone_failed();
+    }
+    let (mut vm, VmStreams { agent, volumes }) = started?;
+    failpoint::hit("shim-vmm-started");
     owner.reached("vmm_spawned");
     owner.show_console(vm.console());
     owner.started(vm.pid(), |processes| &mut processes.vmm)?;
+    failpoint::hit("shim-vmm-listed");
     let init = match &config.vm.start {
         Start::Clone { template } => Some(template.join(template::FUSE_INIT_FILE)),
         Start::Boot { .. } => None,
@@ -52,15 +66,28 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
     let mut volumes = volume_server::start(&share_root, volumes, init.as_deref())
         .context("start the volume server")?;
     owner.started(volumes.pid(), |processes| &mut processes.volume_server)?;
+    failpoint::hit("shim-volume-server-listed");
+    let (spoke, lifeless) = (AtomicBool::new(false), AtomicBool::new(false));
+    let deadline = if is_clone { CLONE_DEADLINE } else { BOOT_DEADLINE };
     let greeted = async {
         let mut stream = UnixStream::from_std(agent)?;
-        wait_hello(&mut stream, HELLO_DEADLINE).await?;
+        if let Err(err) = wait_hello(&mut stream, deadline).await {
+            sleep(MACHINE_FOLLOWS).await;
+            lifeless.store(true, Ordering::Relaxed);
+            return Err(err.into());
+        }
+        spoke.store(true, Ordering::Relaxed);
         Ok(stream)
     };
     let ended = async {
         tokio::select! {
             biased;
-            exit = vm.wait() => exit.reason,
+            exit = vm.wait() => {
+                // One that was killed says nothing of its template.
+                let own_end = !exit.by_signal && !spoke.load(Ordering::Relaxed);
+                lifeless.fetch_or(own_end, Ordering::Relaxed);
+                exit.reason
+            }
             why = volumes.ended("volume server") => {
                 // It ends with its machine as well, and may be seen to first.
                 timeout(MACHINE_FOLLOWS, vm.wait()).await.map_or(why, |exit| exit.reason)
@@ -68,6 +95,9 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
         }
     };
     let why = owner.serve(greeted, ended).await;
+    if is_clone && lifeless.load(Ordering::Relaxed) {
+        owner.clone_failed();
+    }
     vm.kill().await;
     Ok(with_console(why, &vm.console_tail()))
 }

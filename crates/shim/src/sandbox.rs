@@ -7,6 +7,7 @@ use crate::{
     share::PodShare,
 };
 use a3s_box_api::shim::v1::shim_server::ShimServer;
+use a3s_box_failpoint as failpoint;
 use a3s_box_sys::{inherit, namespace};
 use a3s_box_types::shim::{
     BoundaryConfig, CONFIG_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd,
@@ -50,6 +51,7 @@ fn start(folder: &Path, since: Instant, ready: &mut File) -> anyhow::Result<()> 
         serde_json::from_slice(&text).with_context(|| format!("read {}", file.display()))?;
     let processes = Processes::new(records::process(std::process::id())?);
     records::save_processes(folder, &processes).context("save the process list")?;
+    failpoint::hit("shim-listed");
     let (parts, share) = parts(folder, &config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -107,6 +109,7 @@ async fn serve(
     let (stop, mut stopped) = watch::channel(false);
     let shim = Arc::new(Shim::new(folder, config, boundary, share, since, stop));
     tokio::spawn(service::follow(shim.clone()));
+    failpoint::hit("shim-listening");
     ready.write_all(b"ready\n").context("tell the server")?;
     // The server reads to the end of the file.
     *ready = File::open("/dev/null")?;

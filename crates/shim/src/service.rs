@@ -12,6 +12,7 @@ use a3s_box_api::{
     agent::v1 as agent,
     shim::v1::{self as shim, event, shim_server, state_response},
 };
+use a3s_box_failpoint as failpoint;
 use a3s_box_types::{
     ContainerId,
     shim::{Accel, BoundaryConfig, ContainerExit, ContainerPhase, ContainerRecord, ShimConfig},
@@ -46,6 +47,8 @@ pub struct Shim {
     configured: tokio::sync::Mutex<Option<shim::ConfigureSandboxResponse>>,
     kernel_release: Mutex<String>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// Held through a creation, start or removal, by container.
+    turns: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Changes whenever an exit was recorded.
     exits: watch::Sender<u64>,
     stop: watch::Sender<bool>,
@@ -70,6 +73,7 @@ impl Shim {
             configured: tokio::sync::Mutex::default(),
             kernel_release: Mutex::default(),
             containers: Mutex::default(),
+            turns: Mutex::default(),
             exits: watch::channel(0).0,
             stop,
         }
@@ -79,6 +83,26 @@ impl Shim {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         let container = containers.get(id).cloned();
         container.ok_or_else(|| Status::not_found(format!("container {id} is not in this sandbox")))
+    }
+
+    /// Carries out what changes a container: after what is being done to it, and to its end, also when the
+    /// caller goes away in between. A server that restarts undoes what it does not know the end of, and must
+    /// not find half of it.
+    async fn in_turn<T: Send + 'static>(
+        &self,
+        id: &str,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
+    ) -> Result<T, Status> {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+            turns.entry(id.to_owned()).or_default().clone()
+        };
+        let done = tokio::spawn(async move {
+            let _turn = turn.lock().await;
+            work.await
+        });
+        done.await.unwrap_or_else(|err| Err(Status::internal(format!("an order was lost: {err}"))))
     }
 
     fn all(&self) -> Vec<Arc<Container>> {
@@ -98,6 +122,7 @@ impl Shim {
         if let Err(err) = container.exited(exit).await {
             tracing::error!(%err, "an exit could not be saved");
         }
+        failpoint::hit("shim-exit-saved");
         self.exits.send_modify(|count| *count += 1);
     }
 
@@ -141,6 +166,7 @@ impl Shim {
             .map_err(|err| Status::invalid_argument(format!("oci_spec: {err}")))?;
         order.layers = self.share.add_layers(&order.layers)?;
         self.share.add_volumes(id.as_str(), &mut spec)?;
+        failpoint::hit("shim-container-shared");
         order.oci_spec = serde_json::to_vec(&spec)
             .map_err(|err| Status::internal(format!("oci_spec: {err}")))?
             .into();
@@ -151,6 +177,7 @@ impl Shim {
             ))
         })?;
         let made = client.create_container(order).await?.into_inner();
+        failpoint::hit("shim-container-made");
         let record = ContainerRecord {
             version: 1,
             container_id: id.clone(),
@@ -165,9 +192,24 @@ impl Shim {
         };
         let state = records::to_api(&record);
         let container = Container::adopt(self.folder.clone(), record, client, log, stdin).await?;
+        failpoint::hit("shim-container-saved");
         let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.insert(id.to_string(), Arc::new(container));
         Ok(state)
+    }
+
+    async fn start(&self, id: String) -> Result<shim::ContainerState, Status> {
+        let container = self.container(&id)?;
+        let mut record = container.record();
+        if record.phase == ContainerPhase::Created {
+            let order = agent::StartContainerRequest { container_id: id };
+            let started = self.boundary.agent().await?.start_container(order).await?.into_inner();
+            failpoint::hit("shim-container-started");
+            record = container
+                .started(started.started_at)
+                .map_err(|err| Status::internal(format!("save the container's record: {err}")))?;
+        }
+        Ok(records::to_api(&record))
     }
 
     /// Ends a container wherever it stands; fine when there is nothing of it.
@@ -175,6 +217,7 @@ impl Shim {
         if self.ended().is_none() {
             let request = agent::RemoveContainerRequest { container_id: id.to_owned() };
             self.boundary.agent().await?.remove_container(request).await?;
+            failpoint::hit("shim-container-removed");
         }
         self.share.remove_volumes(id)?;
         records::remove_container(&self.folder, id)
@@ -310,6 +353,7 @@ impl shim_server::Shim for Service {
         sandbox.now_unix_nanos = records::now();
         let rehearsal = sandbox.rehearsal;
         let made = client.configure_sandbox(sandbox).await?.into_inner();
+        failpoint::hit("shim-configured");
         self.boundary.reached("configured", self.since);
         self.kernel_release
             .lock()
@@ -354,6 +398,7 @@ impl shim_server::Shim for Service {
             stages_ms: self.boundary.stages(),
             accel: accel.to_owned(),
             console_tail: self.boundary.console_tail(),
+            clone_failed: self.boundary.clone_failed(),
         }))
     }
 
@@ -361,25 +406,20 @@ impl shim_server::Shim for Service {
         &self,
         request: Request<shim::CreateContainerRequest>,
     ) -> Result<Response<shim::CreateContainerResponse>, Status> {
-        let state = self.create(request.into_inner()).await?;
-        Ok(Response::new(shim::CreateContainerResponse { state: Some(state) }))
+        let (shim, request) = (self.0.clone(), request.into_inner());
+        let id = request.container.as_ref().map(|order| order.container_id.clone());
+        let made = async move { shim.create(request).await };
+        let state = Some(self.in_turn(&id.unwrap_or_default(), made).await?);
+        Ok(Response::new(shim::CreateContainerResponse { state }))
     }
 
     async fn start_container(
         &self,
         request: Request<shim::StartContainerRequest>,
     ) -> Result<Response<shim::StartContainerResponse>, Status> {
-        let id = request.into_inner().container_id;
-        let container = self.container(&id)?;
-        let mut record = container.record();
-        if record.phase == ContainerPhase::Created {
-            let order = agent::StartContainerRequest { container_id: id };
-            let started = self.boundary.agent().await?.start_container(order).await?.into_inner();
-            record = container
-                .started(started.started_at)
-                .map_err(|err| Status::internal(format!("save the container's record: {err}")))?;
-        }
-        let state = Some(records::to_api(&record));
+        let (shim, id) = (self.0.clone(), request.into_inner().container_id);
+        let order = id.clone();
+        let state = Some(self.in_turn(&id, async move { shim.start(order).await }).await?);
         Ok(Response::new(shim::StartContainerResponse { state }))
     }
 
@@ -404,7 +444,9 @@ impl shim_server::Shim for Service {
         &self,
         request: Request<shim::RemoveContainerRequest>,
     ) -> Result<Response<shim::RemoveContainerResponse>, Status> {
-        self.unmake(&request.into_inner().container_id).await?;
+        let (shim, id) = (self.0.clone(), request.into_inner().container_id);
+        let order = id.clone();
+        self.in_turn(&id, async move { shim.unmake(&order).await }).await?;
         Ok(Response::new(shim::RemoveContainerResponse {}))
     }
 
@@ -506,6 +548,7 @@ impl shim_server::Shim for Service {
         _request: Request<shim::ShutdownRequest>,
     ) -> Result<Response<shim::ShutdownResponse>, Status> {
         self.boundary.end().await;
+        failpoint::hit("shim-boundary-ended");
         self.stop.send_replace(true);
         Ok(Response::new(shim::ShutdownResponse {}))
     }

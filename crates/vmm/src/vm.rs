@@ -53,6 +53,8 @@ pub struct VmStreams {
 pub struct VmExit {
     /// In words: `QEMU exited with code 1`.
     pub reason: String,
+    /// Somebody killed QEMU, or it crashed; otherwise it ended by itself.
+    pub by_signal: bool,
 }
 
 /// A virtual machine. Dropping it kills it.
@@ -169,14 +171,16 @@ impl Vm {
         if let Some(exit) = &self.exit {
             return exit.clone();
         }
-        let reason = match self.process.readable().await {
+        let lost = |reason| VmExit { reason, by_signal: false };
+        let exit = match self.process.readable().await {
             Ok(_) => match self.child.wait() {
-                Ok(status) => describe(status),
-                Err(err) => format!("QEMU could not be waited for: {err}"),
+                Ok(status) => {
+                    VmExit { reason: describe(status), by_signal: status.signal().is_some() }
+                }
+                Err(err) => lost(format!("QEMU could not be waited for: {err}")),
             },
-            Err(err) => format!("QEMU could not be watched: {err}"),
+            Err(err) => lost(format!("QEMU could not be watched: {err}")),
         };
-        let exit = VmExit { reason };
         self.exit = Some(exit.clone());
         if let Some(reader) = self.console_reader.take() {
             let _ended = tokio::time::timeout(Duration::from_secs(1), reader).await;

@@ -33,8 +33,25 @@ pub async fn create(
     deps: Deps,
     stop: CancellationToken,
 ) -> (Record, Result<(), SandboxError>) {
-    let result = steps(&mut record, origin, &deps, &stop).await;
+    let result = match steps(&mut record, origin, &deps, &stop).await {
+        Err(error) if deps.shims.clone_failed(&record.id, &record.spec).await => {
+            warn!(why = chain(&error), "the clone is replaced by a guest that is booted");
+            match undo(&record, &deps).await {
+                Ok(()) => steps(&mut record, Origin::New, &deps, &stop).await,
+                Err(error) => Err(error),
+            }
+        }
+        result => result,
+    };
     (record, result)
+}
+
+/// Leaves nothing but the record.
+async fn undo(record: &Record, deps: &Deps) -> Result<(), SandboxError> {
+    let (id, spec) = (&record.id, &record.spec);
+    deps.shims.end(id).await?;
+    deps.network.teardown(id, spec).await?;
+    deps.shims.forget(id).await
 }
 
 async fn steps(
@@ -89,9 +106,7 @@ async fn claimed(record: &Record, deps: &Deps) -> Result<bool, SandboxError> {
         Err(error) => chain(&error),
     };
     warn!(why, "the waiting guest is replaced");
-    deps.shims.end(id).await?;
-    deps.network.teardown(id, spec).await?;
-    deps.shims.forget(id).await?;
+    undo(record, deps).await?;
     Ok(false)
 }
 

@@ -48,6 +48,7 @@ struct Inner {
     steps_left: Option<usize>,
     failing: BTreeMap<&'static str, usize>,
     doubt: bool,
+    bad_clone: bool,
 }
 
 struct FakeShim {
@@ -92,6 +93,11 @@ impl FakeHost {
     /// The next `times` calls of this step fail.
     pub(crate) fn fail(&self, step: &'static str, times: usize) {
         self.lock().failing.insert(step, times);
+    }
+
+    /// The next guest that does not answer is one whose template was of no use.
+    pub(crate) fn clone_fails(&self) {
+        self.lock().bad_clone = true;
     }
 
     /// Whether a shim lives can not be told.
@@ -259,6 +265,11 @@ impl Shims for FakeHost {
         self.lock().spares.remove(id);
         self.step("claimed").await?;
         Ok(true)
+    }
+
+    async fn clone_failed(&self, id: &SandboxId, _: &SandboxSpec) -> bool {
+        let mut inner = self.lock();
+        inner.shims.contains_key(id) && std::mem::take(&mut inner.bad_clone)
     }
 
     async fn move_in(&self, _: &SandboxId, _: &SandboxSpec) -> Result<(), SandboxError> {

@@ -88,6 +88,8 @@ pub struct StartOrder {
 pub trait Templates: Send + Sync {
     /// How to start a machine of this size.
     async fn start_order(&self, size: VmSize) -> Result<StartOrder, SandboxError>;
+    /// A clone of this size did not come to life, for this reason: the next guests are booted.
+    async fn clone_failed(&self, size: VmSize, why: &str);
 }
 
 /// Where things are, and what the configuration says about machines.
@@ -391,6 +393,15 @@ impl Shims for ShimProcesses {
         self.move_spare(id, spec).await
     }
 
+    async fn clone_failed(&self, id: &SandboxId, spec: &SandboxSpec) -> bool {
+        let asked = tokio::time::timeout(GRACE, self.client(id).state()).await;
+        let Ok(Ok(state)) = asked else { return false };
+        if state.clone_failed {
+            self.templates.clone_failed(spec.size, &state.end_reason).await;
+        }
+        state.clone_failed
+    }
+
     fn client(&self, id: &SandboxId) -> ShimClient {
         ShimClient::new(self.folder(id).join(SOCKET_FILE))
     }
@@ -627,6 +638,8 @@ mod tests {
             let start = Start::Boot { kernel: "/k".into(), initramfs: "/i".into() };
             Ok(StartOrder { start, accel: Accel::Tcg, ram: None, disk_bytes: 1 << 20 })
         }
+
+        async fn clone_failed(&self, _: VmSize, _: &str) {}
     }
 
     /// Shims that are this script, which finds its folder in `$1`.

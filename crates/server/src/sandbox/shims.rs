@@ -29,6 +29,9 @@ pub trait Shims: Send + Sync {
     async fn claim(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<bool, SandboxError>;
     /// Gives a claimed shim the sandbox's place and limits on the host.
     async fn move_in(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), SandboxError>;
+    /// Whether its boundary never came to life because a template was of no use; the next one of its size
+    /// is then made without.
+    async fn clone_failed(&self, id: &SandboxId, spec: &SandboxSpec) -> bool;
     /// Its socket's client; there need not be a shim.
     fn client(&self, id: &SandboxId) -> ShimClient;
     /// Whether a process of the boundary exists. An error means: could not tell.

@@ -162,6 +162,8 @@ impl Inner {
         let made = self.start(&spare).await;
         if let Err(error) = &made {
             warn!(size = ?spare.size, "no spare guest: {}", chain(error));
+            // Then the next one is booted.
+            self.outside.shims.clone_failed(&spare.id, &spare.spec()).await;
             self.discard(&spare).await;
         }
         {

@@ -239,6 +239,23 @@ async fn a_failure_at_any_step_leaves_nothing_and_frees_the_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_clone_that_does_not_come_to_life_is_replaced_by_another_guest_once() {
+    let host = FakeHost::new();
+    let sandboxes = server(&host);
+    host.clone_fails();
+    host.fail("join", 1);
+    let sandbox = sandboxes.run(spec("a")).unwrap();
+    sandbox.created().await.unwrap();
+    assert_eq!(host.census(), ONE_POD);
+    sandbox.remove().await.unwrap();
+    host.clone_fails();
+    host.fail("join", 2);
+    sandboxes.run(spec("a")).unwrap().created().await.unwrap_err();
+    sandboxes.none_left().await;
+    assert_eq!(host.census(), NOTHING);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_retry_joins_what_its_impatient_caller_began() {
     let host = FakeHost::new();
     host.die_after(4);
