@@ -24,6 +24,7 @@ deps: ## Debian packages that are missing
 test: build ## every test; as root
 	cargo test --workspace --locked
 	tests/e2e/run
+	tests/crash/run
 
 demo: build ## a pod in a microVM, shown by crictl; IMAGE=... takes one from the internet
 	scripts/demo.sh $(IMAGE)

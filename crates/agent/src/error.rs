@@ -1,6 +1,7 @@
 //! The agent's errors, and the one place that turns them into gRPC statuses.
 
 use crate::plan::{Failure, FailureKind};
+use a3s_box_types::words::fitting;
 use std::{fmt::Display, io};
 use tonic::{Code, Status};
 
@@ -71,6 +72,6 @@ impl From<Error> for Status {
             },
             Error::Io { .. } => Code::Internal,
         };
-        Status::new(code, error.to_string())
+        Status::new(code, fitting(error.to_string()))
     }
 }

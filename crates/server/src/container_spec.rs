@@ -9,10 +9,14 @@ use crate::{
         SandboxError,
         spec::{Boundary, NodeNamespaces, SandboxSpec},
     },
+    sandbox_spec::too_long,
     security,
     user_namespace::UserNamespace,
 };
 use a3s_box_api::cri;
+
+/// A smaller cgroup keeps the process that is to be born in it waiting for memory.
+const MEMORY_MIN: i64 = 1 << 20;
 
 /// The spec of the container that `config` asks for.
 pub fn container_spec(
@@ -86,6 +90,9 @@ fn texts(field: &str, list: &[String]) -> Result<Vec<String>, SandboxError> {
 }
 
 fn working_dir(path: &str) -> Result<String, SandboxError> {
+    if let Some(why) = too_long(path) {
+        return Err(SandboxError::invalid("working_dir", why));
+    }
     if path.is_empty() || (path.starts_with('/') && !path.contains('\0')) {
         Ok(path.to_owned())
     } else {
@@ -110,6 +117,9 @@ fn env(pairs: &[cri::KeyValue]) -> Result<Vec<(String, String)>, SandboxError> {
 }
 
 fn log_path(path: &str) -> Result<String, SandboxError> {
+    if let Some(why) = too_long(path) {
+        return Err(SandboxError::invalid("log_path", why));
+    }
     if path.starts_with('/') || path.contains('\0') || path.split('/').any(|part| part == "..") {
         let why = format!("{path:?} is not a path below the sandbox's log_directory");
         return Err(SandboxError::invalid("log_path", why));
@@ -149,6 +159,13 @@ fn mount(
     let at = |field: &str| format!("mounts[{}].{field}", mount.container_path);
     if !mount.container_path.starts_with('/') || mount.container_path.contains('\0') {
         return Err(SandboxError::invalid(at("container_path"), "is not an absolute path"));
+    }
+    for (field, path) in
+        [("container_path", &mount.container_path), ("host_path", &mount.host_path)]
+    {
+        if let Some(why) = too_long(path) {
+            return Err(SandboxError::invalid(format!("mounts[].{field}"), why));
+        }
     }
     if mount.image.is_some() || !mount.image_sub_path.is_empty() {
         return Err(SandboxError::unsupported(at("image"), "image volumes are not there yet"));
@@ -217,6 +234,10 @@ pub fn resources(
         if value < 0 {
             return Err(SandboxError::invalid(format!("{AT}.{field}"), "is negative"));
         }
+    }
+    if (1..MEMORY_MIN).contains(&resources.memory_limit_in_bytes) {
+        let why = format!("is less than {MEMORY_MIN}, in which no process starts");
+        return Err(SandboxError::invalid(format!("{AT}.memory_limit_in_bytes"), why));
     }
     for (field, value) in
         [("cpuset_cpus", &resources.cpuset_cpus), ("cpuset_mems", &resources.cpuset_mems)]
@@ -454,6 +475,10 @@ mod tests {
             }),
             ("log_path", |c| c.log_path = "../x.log".into()),
             ("log_path", |c| c.log_path = "/x.log".into()),
+            ("log_path", |c| c.log_path = "x".repeat(256)),
+            ("working_dir", |c| c.working_dir = "/x".repeat(2048)),
+            ("mounts[].container_path", |c| c.mounts[0].container_path = "/x".repeat(2048)),
+            ("memory_limit_in_bytes", |c| resources(c).memory_limit_in_bytes = 1),
             ("mounts[data].container_path", |c| c.mounts[0].container_path = "data".into()),
             ("mounts[/data].host_path", |c| c.mounts[0].host_path.clear()),
             ("mounts[/data].recursive_read_only: needs readonly", |c| {

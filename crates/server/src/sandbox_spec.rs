@@ -18,6 +18,10 @@ use std::collections::BTreeMap;
 pub const NETWORK: &str = "a3s.box/network";
 
 const HOSTNAME_MAX: usize = 64;
+/// Kubernetes' own names have at most 253 bytes.
+const NAME_MAX: usize = 1024;
+/// The kernel takes no longer ones.
+const SYSCTL_MAX: usize = 4095;
 
 /// The spec of the sandbox that `config` asks for under the runtime handler.
 ///
@@ -104,8 +108,16 @@ fn name(metadata: Option<&cri::PodSandboxMetadata>) -> Result<SandboxName, Sandb
     let parts =
         [("name", &metadata.name), ("uid", &metadata.uid), ("namespace", &metadata.namespace)];
     for (field, value) in parts {
+        let bad = |why: String| Err(SandboxError::invalid(format!("metadata.{field}"), why));
         if value.is_empty() {
-            return Err(SandboxError::invalid(format!("metadata.{field}"), "is empty"));
+            return bad("is empty".to_owned());
+        }
+        // CNI plugins are told it in an environment variable, and again when the pod ends.
+        if value.len() > NAME_MAX {
+            return bad(format!("has {} bytes, more than {NAME_MAX}", value.len()));
+        }
+        if value.contains([';', '=', '\0']) {
+            return bad(format!("{value:?} has ; or =, which CNI plugins cannot be told"));
         }
     }
     Ok(SandboxName {
@@ -132,10 +144,25 @@ fn hostname(text: &str, nodes: NodeNamespaces) -> Result<String, SandboxError> {
 /// A path without `..`, or nothing.
 pub fn absolute_or_empty(field: &str, path: &str) -> Result<String, SandboxError> {
     let climbs = path.split('/').any(|part| part == "..");
+    if let Some(why) = too_long(path) {
+        return Err(SandboxError::invalid(field, why));
+    }
     if path.is_empty() || (path.starts_with('/') && !climbs && !path.contains('\0')) {
         Ok(path.to_owned())
     } else {
         Err(SandboxError::invalid(field, format!("{path:?} is not an absolute path without ..")))
+    }
+}
+
+/// Why the kernel knows no path like that; `None` when it may.
+pub fn too_long(path: &str) -> Option<String> {
+    const PATH_MAX: usize = 4095;
+    const PART_MAX: usize = 255;
+    let part = path.split('/').map(str::len).max().unwrap_or_default();
+    match (path.len() > PATH_MAX, part > PART_MAX) {
+        (true, _) => Some(format!("has {} bytes, more than {PATH_MAX}", path.len())),
+        (false, true) => Some(format!("has a part of {part} bytes, more than {PART_MAX}")),
+        (false, false) => None,
     }
 }
 
@@ -219,10 +246,14 @@ fn network(
 }
 
 fn sysctls(linux: &cri::LinuxPodSandboxConfig) -> Result<BTreeMap<String, String>, SandboxError> {
-    for key in linux.sysctls.keys() {
+    for (key, value) in &linux.sysctls {
         let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_' | b'/');
         if key.is_empty() || key.contains("..") || key.starts_with('/') || !key.bytes().all(good) {
             return Err(SandboxError::invalid(format!("linux.sysctls[{key}]"), "is no sysctl"));
+        }
+        if value.len() > SYSCTL_MAX {
+            let why = format!("has {} bytes, more than {SYSCTL_MAX}", value.len());
+            return Err(SandboxError::invalid(format!("linux.sysctls[{key}]"), why));
         }
     }
     Ok(linux.sysctls.clone().into_iter().collect())
@@ -355,10 +386,16 @@ mod tests {
 
     #[test]
     fn values_that_mean_nothing_are_refused_by_name() {
-        let cases: [Case; 14] = [
+        let cases: [Case; 18] = [
             ("metadata", |c| c.metadata = None),
             ("metadata.name", |c| c.metadata.as_mut().unwrap().name.clear()),
             ("metadata.uid", |c| c.metadata.as_mut().unwrap().uid.clear()),
+            ("metadata.uid", |c| c.metadata.as_mut().unwrap().uid = "a;b=c".into()),
+            ("metadata.name", |c| c.metadata.as_mut().unwrap().name = "x".repeat(1 << 20)),
+            ("log_directory", |c| c.log_directory = format!("/{}", "x".repeat(256))),
+            ("linux.sysctls[kernel.x]", |c| {
+                linux(c).sysctls = [("kernel.x".to_owned(), "x".repeat(4096))].into();
+            }),
             ("metadata.namespace", |c| c.metadata.as_mut().unwrap().namespace.clear()),
             ("hostname", |c| c.hostname = "a b".into()),
             ("hostname", |c| c.hostname = "x".repeat(65)),

@@ -3,6 +3,7 @@
 //! Every error that an RPC may end with implements [`Failure`]. The matches name every variant, so
 //! a new one has to be given its code here.
 
+use a3s_box_types::words::fitting;
 use tonic::{Code, Status};
 
 /// An error an RPC may end with.
@@ -11,9 +12,9 @@ pub trait Failure: std::error::Error {
     fn code(&self) -> Code;
 }
 
-/// The answer for a failed RPC: the code, and the error with its whole chain of causes.
+/// The answer for a failed RPC: the code, and the error with its whole chain of causes, as far as it fits.
 pub fn status(error: &impl Failure) -> Status {
-    Status::new(error.code(), chain(error))
+    Status::new(error.code(), fitting(chain(error)))
 }
 
 /// An error with its causes, on one line; a cause that its parent already quotes is not repeated.

@@ -5,5 +5,6 @@ pub mod id;
 pub mod network;
 pub mod sandbox;
 pub mod shim;
+pub mod words;
 
 pub use id::{ContainerId, InvalidId, SandboxId};
