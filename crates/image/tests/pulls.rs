@@ -1,5 +1,7 @@
 //! Pulls from registries, honest and not. Packing layers takes `mkfs.erofs`.
 
+#![allow(clippy::unwrap_used)]
+
 mod fake;
 
 use a3s_box_image::{Auth, Digest, ImageError, Images, Kind};
@@ -160,11 +162,17 @@ async fn a_layer_that_unpacks_to_something_else_is_refused() {
     let size = tar(0).len();
     let digest = content.blob(tar(0)).to_string();
     let layer = json!({"mediaType": PLAIN, "digest": digest, "size": size});
-    content.manifest("1", OCI_MANIFEST, "amd64", &[layer.clone()], &[Digest::of(b"").to_string()]);
+    content.manifest(
+        "1",
+        OCI_MANIFEST,
+        "amd64",
+        std::slice::from_ref(&layer),
+        &[Digest::of(b"").to_string()],
+    );
     content.manifest("2", OCI_MANIFEST, "amd64", &[layer], &[]);
     let encrypted = json!({"mediaType": "application/x", "digest": digest, "size": size});
     let diff_id = Digest::of(&tar(0)).to_string();
-    content.manifest("3", OCI_MANIFEST, "amd64", &[encrypted], &[diff_id.clone()]);
+    content.manifest("3", OCI_MANIFEST, "amd64", &[encrypted], std::slice::from_ref(&diff_id));
     let not_gzip = json!({"mediaType": GZIP, "digest": digest, "size": size});
     content.manifest("4", OCI_MANIFEST, "amd64", &[not_gzip], &[diff_id]);
     let registry = Registry::honest(content).await;

@@ -3,7 +3,7 @@
 use crate::{boundary::Owner, volume_server};
 use a3s_box_failpoint as failpoint;
 use a3s_box_types::shim::{CONSOLE_FILE, MicrovmConfig, Start};
-use a3s_box_vmm::{Stage, Vm, VmParts, VmStreams, disk, template, wait_hello};
+use a3s_box_vmm::{Stage, Vm, VmParts, VmStreams, disk, last_words, template, wait_hello};
 use anyhow::Context;
 use std::{
     fs::File,
@@ -99,7 +99,12 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
         owner.clone_failed();
     }
     vm.kill().await;
-    Ok(with_console(why, &vm.console_tail()))
+    let stage = Stage::Hello.to_string();
+    let why = match spoke.into_inner() || why.starts_with(&stage) {
+        true => why,
+        false => format!("{stage}: {why}"),
+    };
+    Ok(why + &last_words(&vm.console_tail()))
 }
 
 fn scratch_disk(config: &MicrovmConfig) -> io::Result<File> {
@@ -113,14 +118,4 @@ fn scratch_disk(config: &MicrovmConfig) -> io::Result<File> {
         }
         Start::Boot { .. } => disk::format(&config.disk, config.disk_bytes),
     }
-}
-
-fn with_console(why: String, console: &str) -> String {
-    let lines: Vec<&str> =
-        console.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    if lines.is_empty() {
-        return why;
-    }
-    let tail = lines[lines.len().saturating_sub(4)..].join(" | ");
-    format!("{why} (the guest's console ends with: {tail})")
 }

@@ -67,10 +67,15 @@ impl fmt::Display for Stage {
 impl fmt::Display for VmmError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.stage)?;
-        match self.console.trim() {
-            "" => Ok(()),
-            text => write!(f, " (the guest's console ends with: {})", last_lines(text, 6)),
-        }
+        f.write_str(&last_words(&self.console))
+    }
+}
+
+/// What stands of a console at the end of an error; nothing when it is empty.
+pub fn last_words(console: &str) -> String {
+    match console.trim() {
+        "" => String::new(),
+        text => format!(" (the guest's console ends with: {})", last_lines(text, 6)),
     }
 }
 

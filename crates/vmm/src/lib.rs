@@ -29,5 +29,5 @@ pub mod template;
 mod vm;
 
 pub use console::Console;
-pub use error::{Stage, VmmError};
+pub use error::{Stage, VmmError, last_words};
 pub use vm::{HELLO, Vm, VmExit, VmParts, VmStreams, wait_hello};
