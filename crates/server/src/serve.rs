@@ -4,7 +4,7 @@
 //! sandbox is on disk or in its shim.
 
 use crate::{
-    config::Config,
+    config::{Config, TlsFiles},
     image_store,
     images::{ForContainers, ImageStore},
     node::Node,
@@ -16,7 +16,7 @@ use a3s_box_api::cri::{
     image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer,
 };
 use a3s_box_net::Cni;
-use a3s_box_streaming::Urls;
+use a3s_box_streaming::{Tls, Urls};
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::{
@@ -112,7 +112,20 @@ pub(crate) async fn streaming_server(config: &Config) -> Result<a3s_box_streamin
         creation: streaming.creation_timeout,
     };
     let bound = a3s_box_streaming::Server::bind(settings).await;
-    bound.with_context(|| format!("listen on {} (streaming.address)", streaming.address))
+    let server =
+        bound.with_context(|| format!("listen on {} (streaming.address)", streaming.address))?;
+    match &streaming.tls {
+        None => Ok(server),
+        Some(files) => Ok(server.with_tls(tls(files)?)?),
+    }
+}
+
+fn tls(files: &TlsFiles) -> Result<Tls> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
+    let (certificate, key) = (read(&files.certificate)?, read(&files.key)?);
+    let client_ca = files.client_ca.as_deref().map(read).transpose()?;
+    Tls::new(&certificate, &key, client_ca.as_deref())
+        .with_context(|| format!("TLS with {} (streaming.tls_*)", files.certificate.display()))
 }
 
 /// Answers RPCs until `stop`, then gives those under way a moment.

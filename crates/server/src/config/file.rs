@@ -24,6 +24,9 @@ pub struct RawConfig {
     pub(super) advertised: Option<String>,
     pub(super) idle_timeout_ms: Option<u64>,
     pub(super) creation_timeout_ms: Option<u64>,
+    pub(super) tls_certificate: Option<PathBuf>,
+    pub(super) tls_key: Option<PathBuf>,
+    pub(super) tls_client_ca: Option<PathBuf>,
     pub(super) vm: RawVm,
     pub(super) handlers: BTreeMap<String, RawHandler>,
 }
@@ -90,6 +93,9 @@ pub fn parse(text: &str) -> (RawConfig, Vec<Problem>) {
         raw.advertised = streaming.take("advertised", url);
         raw.idle_timeout_ms = streaming.take("idle_timeout_ms", positive);
         raw.creation_timeout_ms = streaming.take("creation_timeout_ms", positive);
+        raw.tls_certificate = streaming.take("tls_certificate", path);
+        raw.tls_key = streaming.take("tls_key", path);
+        raw.tls_client_ca = streaming.take("tls_client_ca", path);
     });
     top.section("vm", |vm| raw.vm = read_vm(vm));
     top.section("handlers", |handlers| {

@@ -73,12 +73,25 @@ pub struct NetworkConfig {
 pub struct StreamingConfig {
     /// Where the streaming server listens; port 0: any.
     pub address: SocketAddr,
-    /// What clients' URLs begin with; `None`: `http://` and the address.
+    /// What clients' URLs begin with; `None`: `http://` (or `https://`) and the address.
     pub advertised: Option<String>,
     /// A session on which nothing moves for so long ends.
     pub idle_timeout: Duration,
     /// How long a client may take to open its streams.
     pub creation_timeout: Duration,
+    /// `None`: without TLS.
+    pub tls: Option<TlsFiles>,
+}
+
+/// `[streaming] tls_*`: PEM files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The server's certificate and those above it.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// Who signs for clients; `None`: any client may come.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// `[vm]`.
@@ -253,6 +266,7 @@ impl Config {
                 advertised: raw.advertised,
                 idle_timeout: milliseconds(raw.idle_timeout_ms, 4 * 60 * 60 * 1000),
                 creation_timeout: milliseconds(raw.creation_timeout_ms, 30_000),
+                tls: tls(raw.tls_certificate, raw.tls_key, raw.tls_client_ca, problems),
             },
             vm: VmSettings {
                 accel: vm.accel.unwrap_or(AccelChoice::Auto),
@@ -283,6 +297,25 @@ impl Config {
         config.vm.check(problems);
         config
     }
+}
+
+fn tls(
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    problems: &mut Vec<Problem>,
+) -> Option<TlsFiles> {
+    let missing = match (&certificate, &key, &client_ca) {
+        (None, None, None) | (Some(_), Some(_), _) => None,
+        (None, ..) => Some("certificate"),
+        (Some(_), None, _) => Some("key"),
+    };
+    if let Some(name) = missing {
+        let key = format!("streaming.tls_{name}");
+        let why = "is missing: TLS needs a certificate and its key".to_owned();
+        problems.push(Problem { line: None, key, why });
+    }
+    Some(TlsFiles { certificate: certificate?, key: key?, client_ca })
 }
 
 fn milliseconds(written: Option<u64>, default: u64) -> Duration {

@@ -15,7 +15,16 @@ fn the_printed_defaults_are_the_defaults() {
 
 #[test]
 fn what_is_commented_out_in_the_printed_defaults_is_a_key_too() {
-    let keys = ["shim", "agent", "registry_config", "kernel", "initramfs"];
+    let keys = [
+        "shim",
+        "agent",
+        "registry_config",
+        "kernel",
+        "initramfs",
+        "tls_certificate",
+        "tls_key",
+        "tls_client_ca",
+    ];
     let text = keys.iter().fold(DEFAULT.to_owned(), |text, key| {
         assert!(text.contains(&format!("# {key} = ")), "{key}");
         text.replace(&format!("# {key} = "), &format!("{key} = "))
@@ -40,6 +49,10 @@ fn every_key_of_the_file_has_its_effect() {
         "network.bin_dirs = ['/x']",
         "network.plugin_timeout_ms = 7",
         "streaming.address = '127.0.0.1:7'",
+        "streaming.advertised = 'http://x'",
+        "streaming.idle_timeout_ms = 7",
+        "streaming.creation_timeout_ms = 7",
+        "streaming.tls_certificate = '/x'\nstreaming.tls_key = '/x'",
         "vm.accel = 'tcg'",
         "vm.start = 'boot'",
         "vm.qemu = '/x'",
@@ -82,6 +95,18 @@ fn all_problems_are_told_at_once_with_their_lines() {
             "line 10: handlers.x.host_namespaces: \"shared-kernel\" is not one of \"allow\", \"refuse\"",
         ]
     );
+}
+
+#[test]
+fn tls_is_whole_or_not_there() {
+    let missing =
+        |name| [format!("streaming.tls_{name}: is missing: TLS needs a certificate and its key")];
+    assert_eq!(problems("streaming.tls_certificate = '/x'"), missing("key"));
+    assert_eq!(problems("streaming.tls_key = '/x'"), missing("certificate"));
+    assert_eq!(problems("streaming.tls_client_ca = '/x'"), missing("certificate"));
+    let files = ["certificate", "key", "client_ca"].map(|name| format!("tls_{name} = '/{name}'"));
+    let tls = parse(&format!("[streaming]\n{}", files.join("\n"))).unwrap().streaming.tls;
+    assert_eq!(tls.unwrap().client_ca, Some("/client_ca".into()));
 }
 
 #[test]
