@@ -16,6 +16,8 @@ mod activity;
 mod backend;
 mod budget;
 mod channels;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod hangup;
 mod port_forward;
 mod remote_command;

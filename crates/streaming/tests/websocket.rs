@@ -5,7 +5,7 @@ mod common;
 
 use common::{PATIENCE, Running, Spdy, split};
 use futures::{SinkExt, StreamExt};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{Message, client::IntoClientRequest, protocol::frame::coding::CloseCode},
@@ -160,4 +160,20 @@ async fn both_transports_serve_the_same_server() {
     server.until_sessions(2).await;
     drop((websocket, spdy));
     server.until_sessions(0).await;
+}
+
+#[tokio::test]
+async fn giant_messages_end_their_session_before_they_are_there() {
+    let server = Running::start().await;
+    // 2^62 bytes in one frame; 5 MiB in frames of which none is too large.
+    let giant = [&[0x82, 0xff][..], &(1_u64 << 62).to_be_bytes(), &[0; 4]].concat();
+    let part = [&[0x02, 0xff][..], &(1_u64 << 20).to_be_bytes(), &[0; 4], &[0; 1 << 20]].concat();
+    for said in [giant, part.repeat(5)] {
+        let mut client = connect(&server.exec("ci", "sleep"), Some("v5.channel.k8s.io")).await;
+        // The server may be gone before all is said.
+        client.get_mut().write_all(&said).await.ok();
+        server.until_sessions(0).await;
+    }
+    let mut client = connect(&server.exec("io", "both 1"), Some("v5.channel.k8s.io")).await;
+    assert_eq!(hear(&mut client).await[1], b"out 0\n");
 }

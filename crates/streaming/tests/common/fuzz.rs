@@ -22,18 +22,32 @@ pub struct Report {
     pub refused: u64,
 }
 
+impl Report {
+    fn add(&mut self, other: &Self) {
+        self.frames += other.frames;
+        self.headers += other.headers;
+        self.refused += other.refused;
+    }
+}
+
 /// Runs so many inputs.
 pub fn run(count: u64, seed: u64) -> Report {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut report = Report::default();
     for _ in 0..count {
         let input = damaged(&mut rng);
-        let whole = parse(&input, &[], &mut report);
         let cuts: Vec<_> =
             (0..rng.random_range(1..6)).map(|_| rng.random_range(0..=input.len())).collect();
-        let mut again = Report::default();
-        assert_eq!(whole, parse(&input, &cuts, &mut again), "cut at {cuts:?}: {input:02x?}");
+        report.add(&check(&input, &cuts));
     }
+    report
+}
+
+/// Reads the bytes as a whole and in pieces, which must make no difference.
+pub fn check(input: &[u8], cuts: &[usize]) -> Report {
+    let (mut report, mut again) = (Report::default(), Report::default());
+    let whole = parse(input, &[], &mut report);
+    assert_eq!(whole, parse(input, cuts, &mut again), "cut at {cuts:?}: {input:02x?}");
     report
 }
 
