@@ -1,8 +1,9 @@
 //! One more process in a container: Exec.
 //!
 //! It has a cgroup of its own below the container's. When the call is dropped before the process
-//! has ended, that cgroup is killed, and so every descendant. When the process ends by itself, what
-//! it left running stays, as with every other runtime, and its output is thrown away.
+//! has ended, that cgroup is killed, and so every descendant, unless it is to outlive its call: then its
+//! stdin ends and its output is thrown away. When the process ends by itself, what it left running
+//! stays, as with every other runtime, and its output is thrown away.
 
 use crate::{
     agent::{Agent, blocking},
@@ -87,6 +88,7 @@ async fn inside(
     answers: &mpsc::Sender<Answer>,
 ) -> Result<Outcome, Error> {
     cgroup.create()?;
+    let outlives_call = start.outlives_call;
     let stdin = if start.stdin { Stdin::Open } else { Stdin::Empty };
     let (stdio, streams) = if start.tty {
         (Default::default(), None)
@@ -143,7 +145,7 @@ async fn inside(
     tasks.spawn(feed(inputs, streams.input, spawned.pidfd));
     let ended_how = tokio::select! {
         ended = spawned.ended => ended.map_err(std::io::Error::other).step("wait for the process")?,
-        () = answers.closed() => return Ok(Outcome::Abandoned),
+        () = answers.closed(), if !outlives_call => return Ok(Outcome::Abandoned),
     };
     let Ended { code, signal, at } = ended_how;
     ended.send_replace(true);

@@ -48,7 +48,10 @@ use a3s_box_sys::{clone3, inherit};
 use agent::Agent;
 use config::{Boundary, Config};
 use error::{Error, Step};
-use rustix::fd::AsFd;
+use rustix::{
+    fd::AsFd,
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 use std::{ffi::OsString, fs, os::unix::net::UnixStream, process::ExitCode, sync::Arc};
 
 const USAGE: &str = "\
@@ -66,6 +69,8 @@ usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgrou
 rehearse     what the containers run of a guest that waits for its pod: one line, and with `stay` no end";
 /// Of an agent beside the node's other processes: containers are killed for want of memory before it.
 const OOM_SCORE: &str = "-998";
+/// Open files of a process in a guest: as many as the kernel has for one.
+const OPEN_FILES: u64 = 1 << 20;
 /// EX_USAGE.
 const BAD_USAGE: u8 = 64;
 
@@ -160,7 +165,15 @@ fn runtime() -> Result<tokio::runtime::Runtime, Error> {
         .step("runtime")
 }
 
+/// Sessions take up to ten descriptors each. Containers inherit the limit: it is what they have with
+/// other runtimes.
+fn raise_open_files(most: Option<u64>) -> Result<(), Error> {
+    let most = most.or(getrlimit(Resource::Nofile).maximum);
+    setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).step("limit of open files")
+}
+
 fn guest() -> Result<(), Error> {
+    raise_open_files(Some(OPEN_FILES))?;
     let config = Config::guest();
     boot::early(&config)?;
     boot::devices(&config)?;
@@ -183,6 +196,7 @@ fn guest() -> Result<(), Error> {
 }
 
 fn socket(inherited: &Inherited, config: Config) -> Result<(), Error> {
+    raise_open_files(None)?;
     let socket = inherit::take(inherited.socket).step("inherited socket")?;
     // Before the launcher is forked, so that every process of the pod is born in them.
     if let Some(netns) = inherited.netns {

@@ -186,8 +186,12 @@ pub fn drop_everything(nobody: u32) -> Result<(), Failure> {
 
 fn environment(process: &Process, user: &User) -> Vec<String> {
     let mut env = process.env.clone();
-    if !env.iter().any(|variable| variable.starts_with("HOME=")) {
+    let lacks = |name| !process.env.iter().any(|variable| variable.starts_with(name));
+    if lacks("HOME=") {
         env.push(format!("HOME={}", users::home(user.uid)));
+    }
+    if process.terminal && lacks("TERM=") {
+        env.push("TERM=xterm".to_owned());
     }
     env
 }

@@ -245,6 +245,23 @@ async fn what_an_exec_leaves_running_stays_and_does_not_hold_the_call() {
 }
 
 #[tokio::test]
+async fn an_exec_may_outlive_its_call_and_finds_its_stdin_ended() {
+    let mut sandbox = Sandbox::start().await;
+    sandbox.create(program(1, &["sleep", "1000"])).await.unwrap();
+    sandbox.start(1).await.unwrap();
+    // More than a pipe holds: nobody may hold it up.
+    let script = "echo begun; cat; yes | head -n 100000; echo through > /tmp/said";
+    let start =
+        api::ExecStart { stdin: true, outlives_call: true, ..exec_start(1, &["sh", "-c", script]) };
+    let (input, mut outputs) = sandbox.exec_stream(start).await.unwrap();
+    read_until(&mut outputs, "begun").await;
+    drop((input, outputs));
+    let wait = "while [ ! -e /tmp/said ]; do sleep 0.01; done; cat /tmp/said";
+    assert_eq!(sandbox.exec(1, &["sh", "-c", wait]).await.unwrap().stdout, "through\n");
+    sandbox.end().await;
+}
+
+#[tokio::test]
 async fn exec_takes_input_signals_and_a_terminal() {
     let mut sandbox = Sandbox::start().await;
     sandbox.create(program(1, &["sleep", "1000"])).await.unwrap();

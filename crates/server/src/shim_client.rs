@@ -26,6 +26,11 @@ use tonic::{
 /// Both outputs of ExecSync at their largest, and room for the rest.
 const MESSAGE_MAX: usize = 48 << 20;
 
+/// What the shim may send ahead on one call, and on all: a session whose client does not read must not
+/// hold up the others.
+const CALL_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 64 << 20;
+
 /// Longest that the shim needs for what it does without the guest.
 const QUICK: Duration = Duration::from_secs(10);
 /// Longest that a guest needs for one order, under the slowest accelerator and full load.
@@ -44,8 +49,10 @@ impl ShimClient {
             let socket = socket.clone();
             async move { connect(&socket).await.map(TokioIo::new) }
         });
-        let channel =
-            Endpoint::from_static("http://localhost").connect_with_connector_lazy(connect);
+        let channel = Endpoint::from_static("http://localhost")
+            .initial_stream_window_size(CALL_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .connect_with_connector_lazy(connect);
         let client = shim_client::ShimClient::new(channel)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);

@@ -152,6 +152,8 @@ async fn run_exec(
         args: request.command,
         tty: request.tty,
         stdin: streams.stdin.is_some(),
+        // A client that vanishes takes no process with it, as with other runtimes.
+        outlives_call: true,
     };
     let message = |kind| agent::ExecInput { kind: Some(kind) };
     sender.try_send(message(exec_input::Kind::Start(start))).map_err(|error| gone(&error))?;
@@ -180,32 +182,34 @@ async fn run_attach(
     request: AttachRequest,
     streams: Streams,
 ) -> Result<(), BackendError> {
-    let (sandbox, _) = running(node, &request.container_id).map_err(failed)?;
+    let (sandbox, container) = running(node, &request.container_id).map_err(failed)?;
     let (sender, inputs) = mpsc::channel(WAITING);
-    let first = shim::AttachInput { container_id: request.container_id, ..Default::default() };
+    // As with the peers: a stdin that only one client has keeps its session to the container's end.
+    let spec = &container.spec;
+    let ends_with_stdin =
+        spec.stdin && (spec.tty || !spec.stdin_once) || !(request.stdout || request.stderr);
+    let first = shim::AttachInput {
+        container_id: request.container_id,
+        has_stdin: request.stdin,
+        ends_with_stdin,
+        ..Default::default()
+    };
     sender.try_send(first).map_err(|error| gone(&error))?;
     let mut outputs = sandbox.shim().attach(ReceiverStream::new(inputs)).await.map_err(failed)?;
     let Streams { stdin, mut stdout, mut stderr, resizes, .. } = streams;
-    let only_input = stdout.is_none() && stderr.is_none();
-    let feeding = feed(stdin, resizes, sender, |fed| match fed {
+    let _feeding = feed(stdin, resizes, sender, |fed| match fed {
         Fed::Bytes(stdin) => shim::AttachInput { stdin, ..Default::default() },
         Fed::End => shim::AttachInput { close_stdin: true, ..Default::default() },
         Fed::Size(size) => shim::AttachInput { resize: Some(size), ..Default::default() },
     });
-    let shown = async {
-        while let Some(output) = outputs.message().await.map_err(|status| words(&status))? {
-            match output.kind {
-                Some(io_output::Kind::Stdout(bytes)) => show(&mut stdout, bytes).await,
-                Some(io_output::Kind::Stderr(bytes)) => show(&mut stderr, bytes).await,
-                None => {}
-            }
+    while let Some(output) = outputs.message().await.map_err(|status| words(&status))? {
+        match output.kind {
+            Some(io_output::Kind::Stdout(bytes)) => show(&mut stdout, bytes).await,
+            Some(io_output::Kind::Stderr(bytes)) => show(&mut stderr, bytes).await,
+            None => {}
         }
-        Ok(())
-    };
-    tokio::select! {
-        shown = shown => shown,
-        () = feeding.ended(), if only_input => Ok(()),
     }
+    Ok(())
 }
 
 async fn run_port_forward(
@@ -241,24 +245,11 @@ enum Fed {
 }
 
 /// Carries a client's input to the shim until both of its parts have ended, or this is dropped.
-struct Feeding {
-    task: tokio::task::JoinHandle<()>,
-    stdin_ended: tokio::sync::watch::Receiver<bool>,
-}
-
-impl Feeding {
-    /// Waits for the end of stdin; for ever when there was none.
-    async fn ended(&self) {
-        let mut ended = self.stdin_ended.clone();
-        if ended.wait_for(|ended| *ended).await.is_err() {
-            std::future::pending().await
-        }
-    }
-}
+struct Feeding(tokio::task::JoinHandle<()>);
 
 impl Drop for Feeding {
     fn drop(&mut self) {
-        self.task.abort();
+        self.0.abort();
     }
 }
 
@@ -268,8 +259,7 @@ fn feed<T: Send + 'static>(
     sender: mpsc::Sender<T>,
     wrap: impl Fn(Fed) -> T + Send + 'static,
 ) -> Feeding {
-    let (told, stdin_ended) = tokio::sync::watch::channel(false);
-    let task = tokio::spawn(async move {
+    Feeding(tokio::spawn(async move {
         let mut sizes = true;
         while stdin.is_some() || sizes {
             let fed = tokio::select! {
@@ -290,18 +280,13 @@ fn feed<T: Send + 'static>(
                     }
                 },
             };
-            let end = matches!(fed, Fed::End);
             if sender.send(wrap(fed)).await.is_err() {
                 return;
-            }
-            if end {
-                told.send_replace(true);
             }
         }
         // The call's input must not end before the call: that would close stdin.
         sender.closed().await;
-    });
-    Feeding { task, stdin_ended }
+    }))
 }
 
 /// The next piece of stdin; never, when there is none.
@@ -353,7 +338,7 @@ mod tests {
     async fn input_is_carried_in_order_and_its_end_is_told_once() {
         let (stdin, input) = mpsc::channel(4);
         let (sender, mut fed) = mpsc::channel(4);
-        let feeding = feed(Some(input), mpsc::channel(1).1, sender, |fed| match fed {
+        let _feeding = feed(Some(input), mpsc::channel(1).1, sender, |fed| match fed {
             Fed::Bytes(bytes) => bytes,
             Fed::End => "END".into(),
             Fed::Size(_) => "SIZE".into(),
@@ -364,7 +349,6 @@ mod tests {
         for expected in ["a", "b", "END"] {
             assert_eq!(fed.recv().await.unwrap(), expected);
         }
-        feeding.ended().await;
         assert!(futures::poll!(Box::pin(fed.recv())).is_pending());
     }
 }

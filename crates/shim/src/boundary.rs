@@ -29,8 +29,8 @@ use tonic::transport::{Channel, Endpoint};
 pub const MESSAGE_MAX: usize = 16 << 20;
 /// What the agent may send ahead on one call, and on all: a client that does not read must not hold up
 /// the others.
-const CALL_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 64 << 20;
+pub const CALL_WINDOW: u32 = 256 << 10;
+pub const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// Where the boundary stands.
 #[derive(Debug, Clone)]

@@ -166,12 +166,19 @@ impl Container {
             None => return Err(Status::failed_precondition("the container has ended")),
         }
         let (io, mut drained) = (self.io.clone(), self.drained.clone());
+        let (has_stdin, ends_with_stdin) = (first.has_stdin, first.ends_with_stdin);
         tokio::spawn(async move {
             tokio::select! {
                 () = io.feed(first, inputs) => {}
                 () = client.closed() => {}
                 // This handle on the client must not keep its call open after the container's end.
-                _ = drained.wait_for(|drained| *drained) => {}
+                _ = drained.wait_for(|drained| *drained) => return,
+            }
+            if has_stdin {
+                io.end_stdin().await;
+            }
+            if ends_with_stdin {
+                io.forget(&client);
             }
         });
         Ok(answers)
@@ -193,10 +200,28 @@ impl Io {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes one client's input on.
+    /// One client's stdin has ended.
+    async fn end_stdin(&self) {
+        if self.stdin == Stdin::Once {
+            let end = agent::IoInput { close_stdin: true, ..agent::IoInput::default() };
+            // An error: the container is gone.
+            self.inputs.send(end).await.ok();
+        }
+    }
+
+    /// Shows a client nothing more.
+    fn forget(&self, client: &mpsc::Sender<Answer>) {
+        if let Some(attached) = &mut *self.attached() {
+            attached.retain(|one| !one.same_channel(client));
+        }
+    }
+
+    /// Passes one client's input on, to its end.
     async fn feed(&self, first: shim::AttachInput, mut inputs: Streaming<shim::AttachInput>) {
+        let ends_with_stdin = first.ends_with_stdin;
         let mut next = Some(first);
         while let Some(input) = next {
+            let last = ends_with_stdin && input.close_stdin;
             let input = agent::IoInput {
                 stdin: if self.stdin == Stdin::None { Bytes::new() } else { input.stdin },
                 close_stdin: input.close_stdin && self.stdin == Stdin::Once,
@@ -204,7 +229,7 @@ impl Io {
                 ..agent::IoInput::default()
             };
             let empty = input.stdin.is_empty() && !input.close_stdin && input.resize.is_none();
-            if !empty && self.inputs.send(input).await.is_err() {
+            if !empty && self.inputs.send(input).await.is_err() || last {
                 return;
             }
             next = inputs.message().await.ok().flatten();

@@ -22,6 +22,7 @@ pub async fn run(
         args: request.args,
         tty: false,
         stdin: false,
+        outlives_call: false,
     };
     let collect = async move {
         let (inputs, receiver) = mpsc::channel(1);

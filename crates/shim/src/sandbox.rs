@@ -1,7 +1,7 @@
 //! A sandbox's shim, from its order to its shutdown.
 
 use crate::{
-    boundary::{Handle, Parts},
+    boundary::{CALL_WINDOW, CONNECTION_WINDOW, Handle, Parts},
     host, microvm, records,
     service::{self, Service, Shim},
     share::PodShare,
@@ -118,6 +118,8 @@ async fn serve(
         .max_encoding_message_size(service::MESSAGE_MAX);
     let mut ending = stopped.clone();
     let serving = tonic::transport::Server::builder()
+        .initial_stream_window_size(CALL_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .add_service(service)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             stopped.wait_for(|stop| *stop).await.ok();

@@ -337,7 +337,12 @@ async fn a_user_namespace_owns_what_its_pod_has() {
     let stats = sandbox.client.stats(shim::StatsRequest::default()).await.unwrap().into_inner();
     assert_eq!(stats.guest.unwrap().interfaces[0].name, "eth0");
     let args = ["sh", "-c", "tty; stat -c '%u %g' $(tty)"].map(str::to_owned).to_vec();
-    let start = agent::ExecStart { container_id: id.to_string(), args, tty: true, stdin: false };
+    let start = agent::ExecStart {
+        container_id: id.to_string(),
+        args,
+        tty: true,
+        ..agent::ExecStart::default()
+    };
     let input = agent::ExecInput { kind: Some(agent::exec_input::Kind::Start(start)) };
     // The call ends with its input.
     let inputs = tokio_stream::iter([input]).chain(tokio_stream::pending());

@@ -107,7 +107,8 @@ pub struct BackendError(pub String);
 
 /// Whoever runs processes and reaches into pods.
 pub trait Backend: Send + Sync + 'static {
-    /// Runs a command to its end; its exit code. Dropped when the client is gone.
+    /// Runs a command to its end; its exit code. Dropped when the client is gone, which need not be the
+    /// command's end.
     fn exec(
         &self,
         request: ExecRequest,

@@ -270,7 +270,7 @@ fn begin<B: Backend>(
                 _ => &remote_command::PROTOCOLS,
             };
             let Some(protocol) = upgrade::choose(headers, &upgrade::PROTOCOL, ours)? else {
-                let text = "unable to upgrade: no protocol is named in X-Stream-Protocol-Version";
+                let text = "unable to upgrade: X-Stream-Protocol-Version is required";
                 return Err(Box::new(upgrade::answer(StatusCode::BAD_REQUEST, text)));
             };
             (upgrade::to_spdy(protocol), protocol)

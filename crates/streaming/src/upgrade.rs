@@ -47,8 +47,9 @@ pub(crate) fn choose(
     if let Some(common) = common {
         return Ok(Some(common));
     }
+    let (theirs, ours_too) = (theirs.join(" "), ours.join(" "));
     let text = format!(
-        "unable to upgrade: unable to negotiate protocol: client supports {theirs:?}, server accepts {ours:?}"
+        "unable to upgrade: unable to negotiate protocol: client supports [{theirs}], server accepts [{ours_too}]"
     );
     let mut refusal = answer(StatusCode::FORBIDDEN, &text);
     for one in ours {
