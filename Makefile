@@ -1,11 +1,11 @@
-# What to type: `make demo`, `make build`, `make test`, `make lint`, `make conformance`, `make bench`.
+# What to type: `make demo`, `make build`, `make test`, `make lint`, `make conformance`, `make streaming`, `make bench`.
 
 AGENT_TARGET := x86_64-unknown-linux-gnu
 PACKAGES := qemu-system-x86 e2fsprogs erofs-utils libseccomp-dev containernetworking-plugins \
 	docker-registry iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev busybox-static \
 	containerd runc jq python3 util-linux procps curl ca-certificates
 
-.PHONY: all build deps guest test lint fmt demo conformance bench
+.PHONY: all build deps guest test lint fmt demo conformance streaming bench
 
 all: build
 
@@ -25,6 +25,8 @@ test: build ## every test; as root
 	cargo test --workspace --locked
 	tests/e2e/run
 	tests/crash/run
+	tests/streaming/run
+	tests/streaming/conformance/run
 
 demo: build ## a pod in a microVM, shown by crictl; IMAGE=... takes one from the internet
 	scripts/demo.sh $(IMAGE)
@@ -32,6 +34,9 @@ demo: build ## a pod in a microVM, shown by crictl; IMAGE=... takes one from the
 SERVER ?= a3s
 conformance: build ## critest; SERVER=containerd for Debian's containerd with runc
 	tests/conformance/run $(SERVER) $(ARGS)
+
+streaming: build ## exec, attach and port-forward beside containerd's, 1 GiB each way; writes docs/streaming.md
+	tests/streaming/conformance/run both --full
 
 bench: build ## beside Debian's containerd with runc
 	bench/run

@@ -17,7 +17,7 @@ if newer critest; then
 	echo "tools: building critest" >&2
 	build test -c -o "$out/critest" sigs.k8s.io/cri-tools/cmd/critest
 fi
-if newer bench bench/main.go; then
+if newer bench bench/main.go || newer bench bench/streams.go; then
 	echo "tools: building the bench client" >&2
 	build build -o "$out/bench" ./bench
 fi

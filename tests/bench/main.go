@@ -152,6 +152,9 @@ func (c *client) life(ctx context.Context, rows sample) error {
 		}
 		rows.since("ExecSync(true)", step)
 	}
+	if err := c.streams(ctx, id, container, rows); err != nil {
+		return err
+	}
 	step = time.Now()
 	if _, err := c.runtime.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
 		return err

@@ -16,20 +16,16 @@ import (
 	"hash/fnv"
 	"io"
 	"net"
-	"net/http"
-	"net/url"
 	"os"
 	"os/exec"
 	"strings"
 	"sync"
 	"time"
 
+	"a3s-box-cri/tests/streaming/clients"
+
 	"github.com/go-logr/logr"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
-	"k8s.io/client-go/transport/spdy"
-	clientexec "k8s.io/client-go/util/exec"
 	"k8s.io/klog/v2"
 )
 
@@ -73,53 +69,13 @@ func (s *server) url(format string, words ...any) string {
 	return s.lines.Text()
 }
 
-// dialect is a transport and a protocol version.
-type dialect struct {
-	name      string
-	protocol  string
-	websocket bool
-	// The end of stdin can be told.
-	halfClose bool
-	exitCodes bool
-	resizes   bool
-}
-
-var dialects = []dialect{
-	{"spdy-v4", "v4.channel.k8s.io", false, true, true, true},
-	{"spdy-v3", "v3.channel.k8s.io", false, true, false, true},
-	{"spdy-v2", "v2.channel.k8s.io", false, true, false, false},
-	{"spdy-v1", "channel.k8s.io", false, false, false, false},
-	{"websocket-v5", "v5.channel.k8s.io", true, true, true, true},
-	{"websocket-v4", "v4.channel.k8s.io", true, false, true, true},
-}
-
-func (d dialect) executor(target string) (remotecommand.Executor, error) {
-	if d.websocket {
-		return remotecommand.NewWebSocketExecutorForProtocols(&rest.Config{}, "GET", target, d.protocol)
-	}
-	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{})
-	if err != nil {
-		return nil, err
-	}
-	parsed, err := url.Parse(target)
-	if err != nil {
-		return nil, err
-	}
-	return remotecommand.NewSPDYExecutorForProtocols(transport, upgrader, "POST", parsed, d.protocol)
-}
-
-func (d dialect) stream(ctx context.Context, target string, options remotecommand.StreamOptions) error {
-	executor, err := d.executor(target)
-	if err != nil {
-		return err
-	}
-	return executor.StreamWithContext(ctx, options)
-}
+// dialect is one of the clients' protocols.
+type dialect struct{ clients.Dialect }
 
 // output runs a command without stdin.
 func (d dialect) output(ctx context.Context, s *server, command string) (string, error) {
 	var stdout bytes.Buffer
-	err := d.stream(ctx, s.url("exec i %s", command), remotecommand.StreamOptions{Stdout: &stdout})
+	err := d.Stream(ctx, s.url("exec i %s", command), remotecommand.StreamOptions{Stdout: &stdout})
 	return stdout.String(), err
 }
 
@@ -161,20 +117,10 @@ func (s *slow) Write(p []byte) (int, error) {
 	return s.Buffer.Write(p)
 }
 
-type sizes chan remotecommand.TerminalSize
-
-func (s sizes) Next() *remotecommand.TerminalSize {
-	size, more := <-s
-	if !more {
-		return nil
-	}
-	return &size
-}
-
 // quiet waits until only the question itself is running.
 func quiet(ctx context.Context, s *server) error {
 	for {
-		running, err := dialects[0].output(ctx, s, "running")
+		running, err := (dialect{clients.Dialects[0]}).output(ctx, s, "running")
 		if err != nil || running == "1" {
 			return err
 		}
@@ -186,25 +132,13 @@ func quiet(ctx context.Context, s *server) error {
 	}
 }
 
-func exitCode(err error) (int, error) {
-	var exit clientexec.CodeExitError
-	switch {
-	case err == nil:
-		return 0, nil
-	case errors.As(err, &exit):
-		return exit.Code, nil
-	default:
-		return 0, err
-	}
-}
-
 func commandCases(d dialect) []testCase {
 	cases := []testCase{
 		{"stdout and stderr apart and in order", func(ctx context.Context, s *server) error {
 			var stdout, stderr, wantOut, wantErr bytes.Buffer
 			const lines = 5000
 			options := remotecommand.StreamOptions{Stdout: &stdout, Stderr: &stderr}
-			if err := d.stream(ctx, s.url("exec io both %d", lines), options); err != nil {
+			if err := d.Stream(ctx, s.url("exec io both %d", lines), options); err != nil {
 				return err
 			}
 			for line := range lines {
@@ -218,7 +152,7 @@ func commandCases(d dialect) []testCase {
 		{"16 MiB out", func(ctx context.Context, s *server) error {
 			var stdout bytes.Buffer
 			options := remotecommand.StreamOptions{Stdout: &stdout}
-			if err := d.stream(ctx, s.url("exec i flood %d", 16<<20), options); err != nil {
+			if err := d.Stream(ctx, s.url("exec i flood %d", 16<<20), options); err != nil {
 				return err
 			}
 			return expect(bytes.Equal(stdout.Bytes(), pattern(16<<20)), true)
@@ -226,7 +160,7 @@ func commandCases(d dialect) []testCase {
 		{"a slow reader misses nothing", func(ctx context.Context, s *server) error {
 			var stdout slow
 			options := remotecommand.StreamOptions{Stdout: &stdout}
-			if err := d.stream(ctx, s.url("exec i flood %d", 4<<20), options); err != nil {
+			if err := d.Stream(ctx, s.url("exec i flood %d", 4<<20), options); err != nil {
 				return err
 			}
 			return expect(bytes.Equal(stdout.Bytes(), pattern(4<<20)), true)
@@ -244,14 +178,14 @@ func commandCases(d dialect) []testCase {
 			defer cancel()
 			stdin := io.MultiReader(bytes.NewReader(pattern(1<<20)), silence{})
 			options := remotecommand.StreamOptions{Stdin: stdin, Stdout: io.Discard}
-			if err := d.stream(short, s.url("exec ci sleep"), options); err == nil {
+			if err := d.Stream(short, s.url("exec ci sleep"), options); err == nil {
 				return errors.New("ended by itself")
 			}
 			return quiet(ctx, s)
 		}},
 		{"a command that fails to start", func(ctx context.Context, s *server) error {
 			_, err := d.output(ctx, s, "fail")
-			if d.protocol == "channel.k8s.io" {
+			if d.Protocol == "channel.k8s.io" {
 				// Whether this version's client sees it depends on what it reads first.
 				return nil
 			}
@@ -275,18 +209,18 @@ func commandCases(d dialect) []testCase {
 		{"a token works once", func(ctx context.Context, s *server) error {
 			target := s.url("exec i exit 0")
 			options := remotecommand.StreamOptions{Stdout: io.Discard}
-			if err := d.stream(ctx, target, options); err != nil {
+			if err := d.Stream(ctx, target, options); err != nil {
 				return err
 			}
-			return expect(d.stream(ctx, target, options) != nil, true)
+			return expect(d.Stream(ctx, target, options) != nil, true)
 		}},
 	}
-	if d.halfClose {
+	if d.HalfClose {
 		cases = append(cases,
 			testCase{"stdin comes back and its end is told", func(ctx context.Context, s *server) error {
 				var stdout bytes.Buffer
 				options := remotecommand.StreamOptions{Stdin: strings.NewReader("hello"), Stdout: &stdout}
-				err := d.stream(ctx, s.url("exec ci cat"), options)
+				err := d.Stream(ctx, s.url("exec ci cat"), options)
 				return errors.Join(err, expect(stdout.String(), "hello"))
 			}},
 			testCase{"16 MiB in", func(ctx context.Context, s *server) error {
@@ -295,30 +229,30 @@ func commandCases(d dialect) []testCase {
 				hash.Write(all)
 				var stdout bytes.Buffer
 				options := remotecommand.StreamOptions{Stdin: bytes.NewReader(all), Stdout: &stdout}
-				err := d.stream(ctx, s.url("exec ci digest"), options)
+				err := d.Stream(ctx, s.url("exec ci digest"), options)
 				return errors.Join(err, expect(stdout.String(), fmt.Sprintf("%d %016x", len(all), hash.Sum64())))
 			}},
 			testCase{"8 MiB there and back", func(ctx context.Context, s *server) error {
 				all := pattern(8 << 20)
 				var stdout bytes.Buffer
 				options := remotecommand.StreamOptions{Stdin: bytes.NewReader(all), Stdout: &stdout}
-				err := d.stream(ctx, s.url("exec ci cat"), options)
+				err := d.Stream(ctx, s.url("exec ci cat"), options)
 				return errors.Join(err, expect(bytes.Equal(stdout.Bytes(), all), true))
 			}},
 			testCase{"attach", func(ctx context.Context, s *server) error {
 				var stdout bytes.Buffer
 				options := remotecommand.StreamOptions{Stdin: strings.NewReader("hi"), Stdout: &stdout}
-				err := d.stream(ctx, s.url("attach ci"), options)
+				err := d.Stream(ctx, s.url("attach ci"), options)
 				return errors.Join(err, expect(stdout.String(), "hi"))
 			}},
 		)
 	}
-	if d.exitCodes {
+	if d.ExitCodes {
 		cases = append(cases,
 			testCase{"every exit code", func(ctx context.Context, s *server) error {
 				for want := range 256 {
 					_, err := d.output(ctx, s, fmt.Sprintf("exit %d", want))
-					got, err := exitCode(err)
+					got, err := clients.ExitCode(err)
 					if err := errors.Join(err, expect(got, want)); err != nil {
 						return err
 					}
@@ -328,7 +262,7 @@ func commandCases(d dialect) []testCase {
 			testCase{"the exit code arrives although stdin still flows", func(ctx context.Context, s *server) error {
 				for range 30 {
 					options := remotecommand.StreamOptions{Stdin: endless{}, Stdout: io.Discard}
-					got, err := exitCode(d.stream(ctx, s.url("exec ci exit 7"), options))
+					got, err := clients.ExitCode(d.Stream(ctx, s.url("exec ci exit 7"), options))
 					if err := errors.Join(err, expect(got, 7)); err != nil {
 						return err
 					}
@@ -337,9 +271,9 @@ func commandCases(d dialect) []testCase {
 			}},
 		)
 	}
-	if d.resizes {
+	if d.Resizes {
 		cases = append(cases, testCase{"sizes from the first one on", func(ctx context.Context, s *server) error {
-			queue := make(sizes)
+			queue := make(clients.Sizes)
 			output, input := io.Pipe()
 			go func() {
 				defer close(queue)
@@ -354,46 +288,10 @@ func commandCases(d dialect) []testCase {
 				}
 			}()
 			options := remotecommand.StreamOptions{Stdout: input, Tty: true, TerminalSizeQueue: queue}
-			return d.stream(ctx, s.url("exec ti sizes 20"), options)
+			return d.Stream(ctx, s.url("exec ti sizes 20"), options)
 		}})
 	}
 	return cases
-}
-
-// forwarder gives the local address of a forwarded port.
-func forwarder(ctx context.Context, s *server, tunnel bool, port int) (string, func(), error) {
-	target, err := url.Parse(s.url("forward %d", port))
-	if err != nil {
-		return "", nil, err
-	}
-	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{})
-	if err != nil {
-		return "", nil, err
-	}
-	dialer := spdy.NewDialer(upgrader, &http.Client{Transport: transport}, "POST", target)
-	if tunnel {
-		if dialer, err = portforward.NewSPDYOverWebsocketDialer(target, &rest.Config{}); err != nil {
-			return "", nil, err
-		}
-	}
-	stop, ready, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
-	forward, err := portforward.NewOnAddresses(dialer, []string{"127.0.0.1"}, []string{fmt.Sprintf("0:%d", port)}, stop, ready, nil, nil)
-	if err != nil {
-		return "", nil, err
-	}
-	go func() { ended <- forward.ForwardPorts() }()
-	select {
-	case <-ready:
-	case err := <-ended:
-		return "", nil, fmt.Errorf("not ready: %w", err)
-	case <-ctx.Done():
-		return "", nil, ctx.Err()
-	}
-	ports, err := forward.GetPorts()
-	if err != nil {
-		return "", nil, err
-	}
-	return fmt.Sprintf("127.0.0.1:%d", ports[0].Local), func() { close(stop); <-ended }, nil
 }
 
 // echoed sends bytes, ends its side, and reads what comes back.
@@ -416,13 +314,12 @@ func echoed(address string, count int) error {
 func forwardCases(tunnel bool) []testCase {
 	forwarded := func(port int, run func(context.Context, *server, string) error) func(context.Context, *server) error {
 		return func(ctx context.Context, s *server) error {
-			address, stop, err := forwarder(ctx, s, tunnel, port)
+			forward, err := clients.StartForward(ctx, s.url("forward %d", port), tunnel, port)
 			if err != nil {
 				return err
 			}
-			err = run(ctx, s, address)
-			stop()
-			return errors.Join(err, quiet(ctx, s))
+			err = run(ctx, s, forward.Address(port))
+			return errors.Join(err, forward.Stop(), quiet(ctx, s))
 		}
 	}
 	return []testCase{
@@ -508,8 +405,8 @@ func main() {
 			fmt.Println(string(line))
 		}
 	}
-	for _, d := range dialects {
-		run(d.name, commandCases(d))
+	for _, d := range clients.Dialects {
+		run(d.Name, commandCases(dialect{d}))
 	}
 	run("forward-spdy", forwardCases(false))
 	run("forward-tunnel", forwardCases(true))
