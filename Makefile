@@ -36,7 +36,7 @@ conformance: build ## critest; SERVER=containerd for Debian's containerd with ru
 	tests/conformance/run $(SERVER) $(ARGS)
 
 streaming: build ## exec, attach and port-forward beside containerd's, 1 GiB each way; writes docs/streaming.md
-	tests/streaming/conformance/run both --full
+	tests/streaming/conformance/run both --full --write
 
 bench: build ## beside Debian's containerd with runc
 	bench/run
