@@ -3,6 +3,9 @@
 
 #![allow(missing_docs, clippy::all, clippy::unwrap_used)]
 
+/// A FileDescriptorSet of the interfaces that are compiled in.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
 /// CRI v1, cri-api v0.37.
 #[cfg(feature = "cri")]
 pub mod cri {
