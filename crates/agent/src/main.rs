@@ -17,6 +17,7 @@ mod child;
 mod config;
 mod container;
 mod device_rules;
+mod details;
 mod error;
 mod events;
 mod exec;

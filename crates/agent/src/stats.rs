@@ -7,6 +7,7 @@ use crate::{
     agent::{Agent, blocking},
     cgroup::Cgroup,
     container::Container,
+    details,
     error::{Error, Step},
 };
 use a3s_box_api::agent::v1 as api;
@@ -27,6 +28,7 @@ pub async fn read(
     let containers: Vec<_> = ids.iter().filter_map(|id| agent.container(id).ok()).collect();
     let own_network = agent.config.owns(namespace::NET);
     let pod = agent.user_namespace().map(|namespace| namespace.holder);
+    let (detailed, all) = (request.detailed, agent.config.cgroups.clone());
     blocking(move || {
         // The node's traffic is not the pod's.
         let interfaces = if own_network {
@@ -37,15 +39,18 @@ pub async fn read(
             String::new()
         };
         Ok(api::StatsResponse {
-            containers: containers.iter().filter_map(|container| of(container)).collect(),
+            containers: containers.iter().filter_map(|one| of(one, detailed)).collect(),
             interfaces: read_interfaces(&interfaces),
+            cpu_pressure: pressure(&all.join("cpu.pressure")),
+            memory_pressure: pressure(&all.join("memory.pressure")),
+            io_pressure: pressure(&all.join("io.pressure")),
         })
     })
     .await
 }
 
 /// `None` when the container is just going.
-fn of(container: &Container) -> Option<api::ContainerStats> {
+fn of(container: &Container, detailed: bool) -> Option<api::ContainerStats> {
     let cgroup = &container.cgroup;
     let cpu_ns = match cgroup.v1("cpuacct") {
         Some(folder) => number(&folder.join("cpuacct.usage")),
@@ -55,21 +60,19 @@ fn of(container: &Container) -> Option<api::ContainerStats> {
         Some(folder) => memory_v1(folder),
         None => memory_v2(cgroup),
     };
-    let pids = cgroup
-        .v1("pids")
-        .map_or_else(|| cgroup.file("pids.current"), |folder| folder.join("pids.current"));
     let mut disk = Disk::default();
     // What is removed while it is counted counts for nothing.
     disk.add(container.writable()).ok();
     Some(api::ContainerStats {
         container_id: container.id.clone(),
         cpu_ns,
-        processes: number(&pids),
+        processes: cgroup.processes().map_or(0, |pids| pids.len() as u64),
         disk_bytes: disk.bytes,
         disk_inodes: disk.inodes,
-        cpu_pressure: pressure(cgroup, "cpu.pressure"),
-        memory_pressure: pressure(cgroup, "memory.pressure"),
-        io_pressure: pressure(cgroup, "io.pressure"),
+        cpu_pressure: pressure(&cgroup.file("cpu.pressure")),
+        memory_pressure: pressure(&cgroup.file("memory.pressure")),
+        io_pressure: pressure(&cgroup.file("io.pressure")),
+        details: detailed.then(|| details::of(container)),
         ..memory
     })
 }
@@ -113,12 +116,12 @@ fn memory_v1(folder: &Path) -> api::ContainerStats {
 }
 
 /// A file of one number; 0 for `max` and for a file that is not there.
-fn number(file: &Path) -> u64 {
+pub fn number(file: &Path) -> u64 {
     fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 /// A file of keys and numbers.
-fn table(file: &Path) -> Option<HashMap<String, u64>> {
+pub fn table(file: &Path) -> Option<HashMap<String, u64>> {
     Some(read_table(&fs::read_to_string(file).ok()?))
 }
 
@@ -130,8 +133,8 @@ fn read_table(text: &str) -> HashMap<String, u64> {
     text.lines().filter_map(pair).collect()
 }
 
-fn pressure(cgroup: &Cgroup, file: &str) -> Option<api::Pressure> {
-    read_pressure(&fs::read_to_string(cgroup.file(file)).ok()?)
+fn pressure(file: &Path) -> Option<api::Pressure> {
+    read_pressure(&fs::read_to_string(file).ok()?)
 }
 
 fn read_pressure(text: &str) -> Option<api::Pressure> {
@@ -160,8 +163,23 @@ fn read_interfaces(text: &str) -> Vec<api::InterfaceStats> {
     let interface = |line: &str| {
         let (name, numbers) = line.split_once(':')?;
         let numbers: Vec<u64> = numbers.split_whitespace().filter_map(|n| n.parse().ok()).collect();
-        // Receive bytes, packets, errors...; transmit the same, from the ninth.
-        let &[rx_bytes, _, rx_errors, _, _, _, _, _, tx_bytes, _, tx_errors, ..] = &*numbers else {
+        // Receive bytes, packets, errors, drops...; transmit the same, from the ninth.
+        let &[
+            rx_bytes,
+            rx_packets,
+            rx_errors,
+            rx_dropped,
+            _,
+            _,
+            _,
+            _,
+            tx_bytes,
+            tx_packets,
+            tx_errors,
+            tx_dropped,
+            ..,
+        ] = &*numbers
+        else {
             return None;
         };
         let name = name.trim().to_owned();
@@ -171,6 +189,10 @@ fn read_interfaces(text: &str) -> Vec<api::InterfaceStats> {
             rx_errors,
             tx_bytes,
             tx_errors,
+            rx_packets,
+            rx_dropped,
+            tx_packets,
+            tx_dropped,
         })
     };
     text.lines().filter_map(interface).collect()
@@ -208,13 +230,17 @@ mod tests {
         let pressure = read_pressure(text).unwrap();
         assert_eq!(pressure.some.unwrap().total_us, 42);
         assert_eq!(pressure.full.unwrap().avg300, 0.25);
-        let text = "Inter-|   Receive\n face |bytes packets\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  eth0: 10 2 3 0 0 0 0 0 20 4 5 0 0 0 0 0\n";
+        let text = "Inter-|   Receive\n face |bytes packets\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  eth0: 10 2 3 6 0 0 0 0 20 4 5 7 0 0 0 0\n";
         let eth0 = api::InterfaceStats {
             name: "eth0".into(),
             rx_bytes: 10,
             rx_errors: 3,
             tx_bytes: 20,
             tx_errors: 5,
+            rx_packets: 2,
+            rx_dropped: 6,
+            tx_packets: 4,
+            tx_dropped: 7,
         };
         assert_eq!(read_interfaces(text), [eth0]);
     }

@@ -14,7 +14,10 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// How the store works.
@@ -63,6 +66,7 @@ pub struct Images {
     pub(crate) folders: Folders,
     pub(crate) options: Options,
     pub(crate) joins: Joins,
+    pub(crate) fetched: AtomicU64,
     state: Mutex<State>,
     _lock: fs::File,
 }
@@ -103,6 +107,7 @@ impl Images {
             root: root.to_owned(),
             state: Mutex::new(State { records, wanted: HashMap::new() }),
             joins: Joins::default(),
+            fetched: AtomicU64::new(0),
             folders,
             options,
             _lock: lock,
@@ -121,6 +126,11 @@ impl Images {
         let reference = Reference::parse(name)?;
         let record = Pull::new(self, &reference, auth)?.run().await?;
         self.image(&record)
+    }
+
+    /// Bytes of layers that came from registries since the store was opened.
+    pub fn fetched_bytes(&self) -> u64 {
+        self.fetched.load(Ordering::Relaxed)
     }
 
     /// All images, in the order of their ids.

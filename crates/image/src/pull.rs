@@ -12,7 +12,11 @@ use crate::{
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use oci_spec::image::ImageConfiguration;
-use std::{collections::BTreeSet, fs, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fs,
+    sync::{Arc, atomic::Ordering},
+};
 use tokio::task::spawn_blocking;
 
 /// Larger documents are no descriptions of images (containerd has the same limit).
@@ -201,7 +205,9 @@ impl<'a> Pull<'a> {
             return Ok(summary);
         }
         let (image, repository) = (&*self.name, &self.repository);
-        Fetch { image, repository, archive, diff_id, packing, folders }.run().await
+        let summary = Fetch { image, repository, archive, diff_id, packing, folders }.run().await?;
+        self.images.fetched.fetch_add(archive.size, Ordering::Relaxed);
+        Ok(summary)
     }
 
     /// The layer that repeats what others would hide, if one is needed.

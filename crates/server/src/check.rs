@@ -7,7 +7,7 @@ use crate::{config::Config, status::chain, templates::GuestTemplates};
 use a3s_box_net::Cni;
 use a3s_box_sys::cgroup::Hierarchies;
 use a3s_box_types::shim::Accel;
-use std::{fmt, fs, path::Path, process::Command};
+use std::{fmt, fs, path::Path, process::Command, sync::Arc};
 
 /// Below this much free room, images and pods' disks soon have none.
 const ROOM_MIN_MB: u64 = 2048;
@@ -152,7 +152,7 @@ fn numbers(text: &str) -> Option<(u32, u32)> {
 
 /// The guest's files, and a guest that is started from them.
 async fn guest(config: &Config) -> Vec<Finding> {
-    let templates = GuestTemplates::new(config);
+    let templates = GuestTemplates::new(config, Arc::default());
     if let Some(why) = templates.missing() {
         return vec![broken("guest", why, "no virtual machine can be started")];
     }

@@ -7,20 +7,25 @@ use crate::{
     sandbox_status,
 };
 use a3s_box_api::cri;
+use futures::stream;
 use std::sync::Arc;
-use tokio_stream::{Stream, StreamExt, wrappers::BroadcastStream};
+use tokio_stream::Stream;
 use tonic::Status;
 
-/// The events from now on. A client that does not keep up misses some and hears of it by the end of
-/// the stream: it has to list anew.
+/// The events from now on, and before them those that nobody could be told. A client that does not keep
+/// up misses some and hears of it by the end of the stream, as of the server's end: it has to list anew.
 pub fn get_container_events(
     node: &Arc<Node>,
 ) -> impl Stream<Item = Result<cri::ContainerEventResponse, Status>> + Send + use<> {
     let sandboxes = node.sandboxes.clone();
-    let happenings = BroadcastStream::new(sandboxes.deps().events.subscribe());
-    happenings.map(move |happening| match happening {
-        Ok(happening) => Ok(event(&sandboxes, &happening)),
-        Err(missed) => Err(Status::data_loss(missed.to_string())),
+    let listener = sandboxes.deps().events.listen();
+    stream::unfold(Some((listener, sandboxes)), |state| async {
+        let (mut listener, sandboxes) = state?;
+        Some(match listener.next().await {
+            Some(Ok(happening)) => (Ok(event(&sandboxes, &happening)), Some((listener, sandboxes))),
+            Some(Err(missed)) => (Err(Status::data_loss(missed.to_string())), None),
+            None => (Err(Status::unavailable("the server ends")), None),
+        })
     })
 }
 

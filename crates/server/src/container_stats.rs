@@ -6,6 +6,7 @@ use crate::{
     node::Node,
     sandbox::{Sandbox, SandboxError, View, now},
     sandbox_list::has_labels,
+    shim_client::Detail,
 };
 use a3s_box_api::{agent::v1 as agent, cri};
 use futures::future::join_all;
@@ -25,7 +26,7 @@ pub async fn container_stats(
     request: cri::ContainerStatsRequest,
 ) -> Result<cri::ContainerStatsResponse, SandboxError> {
     let (sandbox, container) = node.sandboxes.container(&request.container_id)?;
-    let stats = sandbox.shim().stats(vec![container.id.to_string()]).await?;
+    let stats = sandbox.shim().stats(vec![container.id.to_string()], Detail::Plain).await?;
     let guest = stats.guest.unwrap_or_default();
     let stats = guest.containers.first().map(|stats| of(&node, &container, stats));
     Ok(cri::ContainerStatsResponse { stats: Some(stats.unwrap_or_else(|| nothing(&container))) })
@@ -58,7 +59,7 @@ async fn of_sandbox(
         return Vec::new();
     }
     let ids = fitting.iter().map(|container| container.id.to_string()).collect();
-    match sandbox.shim().stats(ids).await {
+    match sandbox.shim().stats(ids, Detail::Plain).await {
         Ok(stats) => of_all(node, view, &stats.guest.unwrap_or_default().containers),
         Err(error) => {
             debug!(id = view.record.id.short(), %error, "no stats of this sandbox");
@@ -148,7 +149,8 @@ pub fn number(value: u64) -> cri::UInt64Value {
     cri::UInt64Value { value }
 }
 
-fn pressure(pressure: agent::Pressure) -> cri::PsiStats {
+/// PSI as CRI has it.
+pub fn pressure(pressure: agent::Pressure) -> cri::PsiStats {
     let line = |line: agent::PressureLine| cri::PsiData {
         total: line.total_us,
         avg10: line.avg10,

@@ -64,6 +64,10 @@ impl ImageStore for FakeStore {
         Ok(())
     }
 
+    fn fetched_bytes(&self) -> u64 {
+        7
+    }
+
     async fn usage(&self) -> Result<Usage, ImageRpcError> {
         Ok(Usage { bytes: 14, inodes: 2 })
     }

@@ -16,7 +16,9 @@ pub async fn pull_image(
 ) -> Result<cri::PullImageResponse, ImageRpcError> {
     let name = images::name_of(request.image.as_ref())?;
     let started = Instant::now();
-    let image = server.images.pull(name, request.auth.and_then(auth)).await?;
+    let pulled = server.images.pull(name, request.auth.and_then(auth)).await;
+    server.node.sandboxes.deps().instruments.pulled(&pulled, started.elapsed());
+    let image = pulled?;
     info!(id = image.id, ms = started.elapsed().as_millis(), "pulled");
     Ok(cri::PullImageResponse { image_ref: image.id })
 }

@@ -50,6 +50,10 @@ impl ImageStore for NodeImages {
         in_thread("remove image", move || images.remove(&name)).await
     }
 
+    fn fetched_bytes(&self) -> u64 {
+        self.0.fetched_bytes()
+    }
+
     async fn usage(&self) -> Result<Usage, ImageRpcError> {
         let images = self.0.clone();
         let usage = in_thread("measure images", move || images.usage()).await?;

@@ -96,6 +96,8 @@ pub trait ImageStore: Send + Sync {
     async fn pull(&self, reference: &str, auth: Option<Auth>) -> Result<Image, ImageRpcError>;
     /// Removes the image with all its names. OK when there is none.
     async fn remove(&self, name: &str) -> Result<(), ImageRpcError>;
+    /// Bytes of layers that came from registries since the store was opened.
+    fn fetched_bytes(&self) -> u64;
     /// What all images take up.
     async fn usage(&self) -> Result<Usage, ImageRpcError>;
 }

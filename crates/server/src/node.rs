@@ -3,8 +3,9 @@
 use crate::{
     config::{Config, Handler},
     container_stats::Rates,
+    instruments::Instruments,
     sandbox::{
-        Deps, SandboxError, Sandboxes,
+        Deps, Events, SandboxError, Sandboxes,
         cni_network::CniNetwork,
         network::Network,
         rehearsal::Rehearsal,
@@ -18,15 +19,14 @@ use a3s_box_net::Cni;
 use a3s_box_store::Store;
 use oci_spec::image::ImageConfiguration;
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
-use tokio::sync::broadcast;
 
 /// Folder of sandboxes under the root and under the state folder.
 const SANDBOXES: &str = "sandboxes";
 /// Folder under the root of what spare guests rehearse with.
 const REHEARSALS: &str = "rehearsals";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// Events that a slow listener may be behind.
-const EVENTS: usize = 1024;
+/// File under the state folder of the events that were told.
+const EVENTS: &str = "events";
 
 /// Sandboxes, images and the configuration's rules for them.
 pub struct Node {
@@ -73,6 +73,7 @@ impl Node {
         cni: Arc<Cni>,
         templates: Arc<dyn Templates>,
         images: Box<dyn Images>,
+        instruments: Arc<Instruments>,
     ) -> Result<Self, SandboxError> {
         let places = Places {
             shim: config.shim.clone(),
@@ -86,6 +87,8 @@ impl Node {
         };
         let boot_id = std::fs::read_to_string(BOOT_ID)
             .map_err(|error| SandboxError::step("read the boot id", error))?;
+        let events = Events::open(config.state.join(EVENTS))
+            .map_err(|error| SandboxError::step("open the journal of events", error))?;
         let store = Store::open(&places.root)?;
         let network: Arc<dyn Network> = Arc::new(CniNetwork::new(cni));
         let shims: Arc<dyn Shims> = Arc::new(ShimProcesses::new(places, templates)?);
@@ -101,7 +104,8 @@ impl Node {
             shims,
             spares: Spares::new(config.vm.spares, config.vm.default_size, outside),
             boot_id: boot_id.trim().to_owned(),
-            events: broadcast::channel(EVENTS).0,
+            instruments,
+            events: Arc::new(events),
         };
         let sizes = SizeRules {
             default: config.vm.default_size,

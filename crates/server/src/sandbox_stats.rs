@@ -2,13 +2,15 @@
 //!
 //! CPU and memory are the boundary's on the host, so they hold the guest's kernel and the machine around
 //! it, and the containers' own stand below them. Memory counts shared pages in proportion: pods of one
-//! template share most of what they have not written to.
+//! template share most of what they have not written to. Pressure is what the pod's processes feel, so it
+//! is their own kernel's. No limit stands on the pod's memory on the host, so none is available.
 
 use crate::{
-    container_stats::{number, of_all},
+    container_stats::{number, of_all, pressure},
     node::Node,
     sandbox::{Sandbox, SandboxError, View, now},
     sandbox_list::{has_labels, metadata},
+    shim_client::Detail,
 };
 use a3s_box_api::{agent::v1 as agent, cri, shim::v1 as shim};
 use futures::future::join_all;
@@ -22,7 +24,7 @@ pub async fn pod_sandbox_stats(
 ) -> Result<cri::PodSandboxStatsResponse, SandboxError> {
     let sandbox = node.sandboxes.get(&request.pod_sandbox_id)?;
     let view = sandbox.view();
-    let stats = sandbox.shim().stats(Vec::new()).await?;
+    let stats = sandbox.shim().stats(Vec::new(), Detail::Plain).await?;
     Ok(cri::PodSandboxStatsResponse { stats: Some(of(&node, &view, stats)) })
 }
 
@@ -43,7 +45,7 @@ pub async fn list_pod_sandbox_stats(
 }
 
 async fn one(node: &Node, sandbox: &Sandbox, view: &View) -> Option<cri::PodSandboxStats> {
-    match sandbox.shim().stats(Vec::new()).await {
+    match sandbox.shim().stats(Vec::new(), Detail::Plain).await {
         Ok(stats) => Some(of(node, view, stats)),
         Err(error) => {
             debug!(id = view.record.id.short(), %error, "no stats of this sandbox");
@@ -66,19 +68,22 @@ fn of(node: &Node, view: &View, stats: shim::StatsResponse) -> cri::PodSandboxSt
             timestamp,
             usage_core_nano_seconds: Some(number(stats.host_cpu_ns)),
             usage_nano_cores: node.rates.sample(record.id.as_str(), stats.host_cpu_ns).map(number),
-            psi: None,
+            psi: guest.cpu_pressure.map(pressure),
         }),
         memory: Some(cri::MemoryUsage {
             timestamp,
             working_set_bytes: Some(number(stats.host_memory_bytes)),
             usage_bytes: Some(number(stats.host_memory_bytes)),
             rss_bytes: Some(number(stats.host_memory_bytes)),
-            ..Default::default()
+            available_bytes: None,
+            page_faults: Some(number(stats.host_page_faults)),
+            major_page_faults: Some(number(stats.host_major_page_faults)),
+            psi: guest.memory_pressure.map(pressure),
         }),
         network: Some(network(&guest.interfaces, timestamp)),
         process: Some(cri::ProcessUsage { timestamp, process_count: Some(number(processes)) }),
         containers: of_all(node, view, &guest.containers),
-        io: None,
+        io: Some(cri::IoUsage { timestamp, psi: guest.io_pressure.map(pressure) }),
     };
     cri::PodSandboxStats {
         attributes: Some(cri::PodSandboxAttributes {

@@ -7,6 +7,8 @@ use crate::{
     config::{Config, TlsFiles},
     image_store,
     images::{ForContainers, ImageStore},
+    instruments::Instruments,
+    metrics_endpoint,
     node::Node,
     service::Service,
     streaming::Pods,
@@ -63,9 +65,11 @@ impl Server {
             network.plugin_timeout,
         );
         let cni = Arc::new(cni.context("open the records of pods' networks")?);
-        let templates = GuestTemplates::new(&config);
+        let instruments = Arc::new(Instruments::new());
+        let templates = GuestTemplates::new(&config, instruments.clone());
         let for_containers = Box::new(ForContainers(images.clone()));
-        let node = Node::open(&config, cni.clone(), Arc::new(templates.clone()), for_containers)
+        let for_sandboxes = Arc::new(templates.clone());
+        let node = Node::open(&config, cni.clone(), for_sandboxes, for_containers, instruments)
             .context("open the records of sandboxes")?;
         Ok(Self { config, images, cni, templates, node: Arc::new(node), urls })
     }
@@ -79,6 +83,10 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<()>
     let _lock = lock(&config.state)?;
     let socket = config.socket.clone();
     let streaming = streaming_server(&config).await?;
+    let metrics = match config.metrics.address {
+        Some(address) => Some(metrics_endpoint::bind(address).await?),
+        None => None,
+    };
     let server = Arc::new(Server::open(config, streaming.urls())?);
     server.node.sandboxes.recover().await.context("take in the sandboxes of a former server")?;
     let spares = server.node.sandboxes.deps().spares.clone();
@@ -88,12 +96,16 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> Result<()>
         filled.fill();
     });
     let streaming = tokio::spawn(streaming.serve(Arc::new(Pods(server.node.clone()))));
+    let metrics = metrics.map(|at| tokio::spawn(metrics_endpoint::serve(at, server.clone())));
     let listener = listen(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     info!(socket = %socket.display(), version = crate::version::RUNTIME_VERSION, "serving");
     notify_ready();
     answer(server, listener, stop).await?;
     preparing.abort();
     streaming.abort();
+    if let Some(metrics) = metrics {
+        metrics.abort();
+    }
     spares.end().await;
     if let Err(error) = fs::remove_file(&socket) {
         warn!(%error, socket = %socket.display(), "cannot remove the socket");
@@ -134,6 +146,7 @@ async fn answer(
     listener: UnixListener,
     stop: impl Future<Output = ()>,
 ) -> Result<()> {
+    let events = server.node.sandboxes.deps().events.clone();
     let service = Service(server);
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = tonic::transport::Server::builder()
@@ -151,6 +164,7 @@ async fn answer(
         () = stop => {}
     }
     drop(stopping);
+    events.close();
     match tokio::time::timeout(DRAIN, serving).await {
         Ok(result) => result.context("serve"),
         Err(_) => {

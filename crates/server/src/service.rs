@@ -7,7 +7,7 @@ use crate::{
     Server, container_create, container_events, container_list, container_log, container_start,
     container_stats, container_status, container_stop, container_update, exec_sync, image_fs_info,
     image_list, image_pull, image_remove, image_status, node_status, runtime_config, sandbox_list,
-    sandbox_run, sandbox_stats, sandbox_status, sandbox_stop,
+    sandbox_metrics, sandbox_run, sandbox_stats, sandbox_status, sandbox_stop,
     status::{Failure, NodeError, status},
     stream_lists::in_batches,
     streaming, version,
@@ -15,7 +15,7 @@ use crate::{
 use a3s_box_api::cri::{
     self, image_service_server::ImageService, runtime_service_server::RuntimeService,
 };
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc, time::Instant};
 use tonic::{Code, Request, Response, Status};
 use tracing::{Instrument, debug, info, info_span, warn};
 
@@ -78,9 +78,12 @@ impl Service {
         F: Future<Output = Result<A, E>>,
         E: Failure,
     {
-        let span = about.span(rpc);
+        let (span, since) = (about.span(rpc), Instant::now());
         let answer = run(self.0.clone(), request).instrument(span.clone()).await;
-        answer.map(Response::new).map_err(|error| span.in_scope(|| refused(&error)))
+        let answer = answer.map(Response::new).map_err(|error| span.in_scope(|| refused(&error)));
+        let code = answer.as_ref().map_or_else(Status::code, |_| Code::Ok);
+        self.0.node.sandboxes.deps().instruments.answered(rpc, code, since.elapsed());
+        answer
     }
 }
 
@@ -441,23 +444,37 @@ impl RuntimeService for Service {
 
     async fn list_metric_descriptors(
         &self,
-        _: Request<cri::ListMetricDescriptorsRequest>,
+        request: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Answer<cri::ListMetricDescriptorsResponse> {
-        not_there("ListMetricDescriptors")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListMetricDescriptors", about, request, |server, request| {
+            sandbox_metrics::list_metric_descriptors(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
-        _: Request<cri::ListPodSandboxMetricsRequest>,
+        request: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
-        not_there("ListPodSandboxMetrics")
+        let request = request.into_inner();
+        let about = About::Node;
+        self.call("ListPodSandboxMetrics", about, request, |server, request| {
+            sandbox_metrics::list_pod_sandbox_metrics(server.node.clone(), request)
+        })
+        .await
     }
 
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        not_there("StreamPodSandboxMetrics")
+        let request = Request::new(cri::ListPodSandboxMetricsRequest {});
+        let list = self.list_pod_sandbox_metrics(request).await?.into_inner().pod_metrics;
+        let wrap =
+            |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse { pod_sandbox_metrics };
+        Ok(Response::new(Box::pin(in_batches(list, wrap))))
     }
 
     async fn runtime_config(

@@ -150,9 +150,10 @@ impl ShimClient {
     pub async fn stats(
         &self,
         container_ids: Vec<String>,
+        detail: Detail,
     ) -> Result<shim::StatsResponse, SandboxError> {
         let mut client = self.client.clone();
-        let request = shim::StatsRequest { container_ids };
+        let request = shim::StatsRequest { container_ids, detailed: detail == Detail::Full };
         call("ask for stats", QUICK, client.stats(request)).await
     }
 
@@ -205,6 +206,15 @@ async fn connect(socket: &Path) -> io::Result<UnixStream> {
     let folder = File::open(folder)?;
     let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
     UnixStream::connect(short).await
+}
+
+/// How much stats tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// What CRI's stats have.
+    Plain,
+    /// What the metrics have besides, for which every process is looked at.
+    Full,
 }
 
 /// Whom a signal goes to.

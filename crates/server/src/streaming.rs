@@ -31,19 +31,7 @@ pub async fn exec(
     server: Arc<Server>,
     request: cri::ExecRequest,
 ) -> Result<cri::ExecResponse, SandboxError> {
-    if request.cmd.is_empty() {
-        return Err(SandboxError::invalid("cmd", "is empty"));
-    }
-    check_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
-    let (_, container) = running(&server.node, &request.container_id)?;
-    let request = ExecRequest {
-        container_id: container.id.to_string(),
-        command: request.cmd,
-        tty: request.tty,
-        stdin: request.stdin,
-        stdout: request.stdout,
-        stderr: request.stderr,
-    };
+    let request = exec_session(&server.node, request)?;
     let url = server.urls.exec(request).map_err(|error| SandboxError::busy(error.to_string()))?;
     Ok(cri::ExecResponse { url })
 }
@@ -53,15 +41,7 @@ pub async fn attach(
     server: Arc<Server>,
     request: cri::AttachRequest,
 ) -> Result<cri::AttachResponse, SandboxError> {
-    check_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
-    let (_, container) = running(&server.node, &request.container_id)?;
-    let request = AttachRequest {
-        container_id: container.id.to_string(),
-        tty: container.spec.tty,
-        stdin: request.stdin,
-        stdout: request.stdout,
-        stderr: request.stderr,
-    };
+    let request = attach_session(&server.node, &request)?;
     let url = server.urls.attach(request).map_err(|error| SandboxError::busy(error.to_string()))?;
     Ok(cri::AttachResponse { url })
 }
@@ -71,19 +51,63 @@ pub async fn port_forward(
     server: Arc<Server>,
     request: cri::PortForwardRequest,
 ) -> Result<cri::PortForwardResponse, SandboxError> {
-    let sandbox = server.node.sandboxes.get(&request.pod_sandbox_id)?;
+    let request = port_forward_session(&server.node, &request)?;
+    let urls = &server.urls;
+    let url = urls.port_forward(request).map_err(|error| SandboxError::busy(error.to_string()))?;
+    Ok(cri::PortForwardResponse { url })
+}
+
+/// What is run for a client that comes to the URL.
+pub(crate) fn exec_session(
+    node: &Node,
+    request: cri::ExecRequest,
+) -> Result<ExecRequest, SandboxError> {
+    if request.cmd.is_empty() {
+        return Err(SandboxError::invalid("cmd", "is empty"));
+    }
+    check_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
+    let (_, container) = running(node, &request.container_id)?;
+    Ok(ExecRequest {
+        container_id: container.id.to_string(),
+        command: request.cmd,
+        tty: request.tty,
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+    })
+}
+
+/// What a client that comes to the URL is attached to.
+pub(crate) fn attach_session(
+    node: &Node,
+    request: &cri::AttachRequest,
+) -> Result<AttachRequest, SandboxError> {
+    check_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
+    let (_, container) = running(node, &request.container_id)?;
+    Ok(AttachRequest {
+        container_id: container.id.to_string(),
+        tty: container.spec.tty,
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+    })
+}
+
+/// What a client that comes to the URL may connect to.
+pub(crate) fn port_forward_session(
+    node: &Node,
+    request: &cri::PortForwardRequest,
+) -> Result<PortForwardRequest, SandboxError> {
+    let sandbox = node.sandboxes.get(&request.pod_sandbox_id)?;
     ready(&sandbox)?;
     let port = |port: &i32| {
         let port = u16::try_from(*port).ok().filter(|port| *port > 0);
         port.ok_or_else(|| SandboxError::invalid("port", "is not between 1 and 65535"))
     };
-    let request = PortForwardRequest {
+    Ok(PortForwardRequest {
         sandbox_id: sandbox.view().record.id.to_string(),
         ports: request.port.iter().map(port).collect::<Result<_, _>>()?,
-    };
-    let urls = &server.urls;
-    let url = urls.port_forward(request).map_err(|error| SandboxError::busy(error.to_string()))?;
-    Ok(cri::PortForwardResponse { url })
+    })
 }
 
 fn check_streams(stdin: bool, stdout: bool, stderr: bool, tty: bool) -> Result<(), SandboxError> {

@@ -13,6 +13,7 @@
 
 use crate::{
     config::{AccelChoice, Config, StartMode, VmSettings},
+    instruments::Instruments,
     sandbox::{
         SandboxError,
         shim_process::{StartOrder, Templates},
@@ -66,6 +67,7 @@ struct Inner {
     kvm: PathBuf,
     accel: OnceCell<Chosen>,
     slots: Mutex<HashMap<VmSize, Slot>>,
+    instruments: Arc<Instruments>,
 }
 
 /// One size; locked while its template is being made.
@@ -99,7 +101,7 @@ enum TemplateError {
 
 impl GuestTemplates {
     /// Under this configuration. Nothing is built yet.
-    pub fn new(config: &Config) -> Self {
+    pub fn new(config: &Config, instruments: Arc<Instruments>) -> Self {
         Self(Arc::new(Inner {
             shim: config.shim.clone(),
             vm: config.vm.clone(),
@@ -107,6 +109,7 @@ impl GuestTemplates {
             kvm: KVM.into(),
             accel: OnceCell::new(),
             slots: Mutex::default(),
+            instruments,
         }))
     }
 
@@ -251,7 +254,9 @@ impl Inner {
             }
             opened
         };
-        match made.await {
+        let made = made.await;
+        self.instruments.template_built(&made, started.elapsed());
+        match made {
             Ok(template) => {
                 let ms = started.elapsed().as_millis();
                 info!(?size, ms, folder = %template.dir().display(), "template ready");
@@ -470,7 +475,7 @@ mod tests {
         }
 
         fn templates(&self) -> GuestTemplates {
-            let mut templates = GuestTemplates::new(&self.config);
+            let mut templates = GuestTemplates::new(&self.config, Arc::default());
             Arc::get_mut(&mut templates.0).unwrap().kvm = self.path("kvm");
             templates
         }

@@ -498,7 +498,8 @@ impl shim_server::Shim for Service {
         &self,
         request: Request<shim::StatsRequest>,
     ) -> Result<Response<shim::StatsResponse>, Status> {
-        let request = agent::StatsRequest { container_ids: request.into_inner().container_ids };
+        let shim::StatsRequest { container_ids, detailed } = request.into_inner();
+        let request = agent::StatsRequest { container_ids, detailed };
         let guest = self.boundary.agent().await?.stats(request).await?.into_inner();
         let used = self.boundary.usage();
         let used = used.map_err(|err| Status::internal(format!("read the pod's cgroup: {err}")))?;
@@ -507,6 +508,8 @@ impl shim_server::Shim for Service {
             host_cpu_ns: used.cpu_ns,
             host_memory_bytes: used.memory_bytes,
             host_processes: used.processes,
+            host_page_faults: used.page_faults,
+            host_major_page_faults: used.major_page_faults,
         }))
     }
 

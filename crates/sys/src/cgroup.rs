@@ -45,6 +45,10 @@ pub struct Usage {
     pub memory_bytes: u64,
     /// Processes that live.
     pub processes: u64,
+    /// Page faults so far, those that had to wait for a disk included.
+    pub page_faults: u64,
+    /// Page faults so far that had to wait for a disk.
+    pub major_page_faults: u64,
 }
 
 /// Where the host has its hierarchies mounted.
@@ -222,10 +226,23 @@ impl Cgroup {
             (None, Some(folder)) => number(folder, "memory.current"),
             (None, None) => None,
         };
+        let faults = match (v1("memory"), self.v2()) {
+            (Some(folder), _) => Some((folder, "total_pgfault ", "total_pgmajfault ")),
+            (None, Some(folder)) => Some((folder, "pgfault ", "pgmajfault ")),
+            (None, None) => None,
+        };
+        let faults = faults.and_then(|(folder, all, major)| {
+            let text = fs::read_to_string(folder.join("memory.stat")).ok()?;
+            let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)?.parse().ok());
+            Some((value(all)?, value(major)?))
+        });
+        let (page_faults, major_page_faults) = faults.unwrap_or_default();
         Ok(Usage {
             cpu_ns: cpu_ns.unwrap_or_default(),
             memory_bytes: memory_bytes.unwrap_or_default(),
             processes: self.processes()?.len() as u64,
+            page_faults,
+            major_page_faults,
         })
     }
 

@@ -27,6 +27,7 @@ pub struct RawConfig {
     pub(super) tls_certificate: Option<PathBuf>,
     pub(super) tls_key: Option<PathBuf>,
     pub(super) tls_client_ca: Option<PathBuf>,
+    pub(super) metrics_address: Option<SocketAddr>,
     pub(super) vm: RawVm,
     pub(super) handlers: BTreeMap<String, RawHandler>,
 }
@@ -97,6 +98,7 @@ pub fn parse(text: &str) -> (RawConfig, Vec<Problem>) {
         raw.tls_key = streaming.take("tls_key", path);
         raw.tls_client_ca = streaming.take("tls_client_ca", path);
     });
+    top.section("metrics", |metrics| raw.metrics_address = metrics.take("address", address));
     top.section("vm", |vm| raw.vm = read_vm(vm));
     top.section("handlers", |handlers| {
         for name in handlers.keys() {

@@ -44,6 +44,8 @@ pub struct Config {
     pub network: NetworkConfig,
     /// Exec, attach and port-forward.
     pub streaming: StreamingConfig,
+    /// The server's own metrics.
+    pub metrics: MetricsConfig,
     /// Virtual machines.
     pub vm: VmSettings,
     /// Runtime handlers by name; `""` and `a3s-box` are always there.
@@ -92,6 +94,13 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// Who signs for clients; `None`: any client may come.
     pub client_ca: Option<PathBuf>,
+}
+
+/// `[metrics]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MetricsConfig {
+    /// Where Prometheus finds them; `None`: nowhere.
+    pub address: Option<SocketAddr>,
 }
 
 /// `[vm]`.
@@ -268,6 +277,7 @@ impl Config {
                 creation_timeout: milliseconds(raw.creation_timeout_ms, 30_000),
                 tls: tls(raw.tls_certificate, raw.tls_key, raw.tls_client_ca, problems),
             },
+            metrics: MetricsConfig { address: raw.metrics_address },
             vm: VmSettings {
                 accel: vm.accel.unwrap_or(AccelChoice::Auto),
                 start: vm.start.unwrap_or(StartMode::Clone),

@@ -53,6 +53,7 @@ fn every_key_of_the_file_has_its_effect() {
         "streaming.idle_timeout_ms = 7",
         "streaming.creation_timeout_ms = 7",
         "streaming.tls_certificate = '/x'\nstreaming.tls_key = '/x'",
+        "metrics.address = '127.0.0.1:7'",
         "vm.accel = 'tcg'",
         "vm.start = 'boot'",
         "vm.qemu = '/x'",

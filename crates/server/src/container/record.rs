@@ -168,6 +168,11 @@ impl ContainerRecord {
         }
     }
 
+    /// Whether it was started and has not ended.
+    pub fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. })
+    }
+
     /// Unix nanoseconds; 0: never started.
     pub fn started_at(&self) -> i64 {
         match &self.phase {

@@ -302,6 +302,7 @@ impl Driver {
     }
 
     async fn container_removed(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
+        let started = self.containers.get(id).is_some_and(|container| container.started_at() > 0);
         // A boundary that ended in between took the container with it.
         let result = match result {
             Err(error) if self.boundary_exists() => Err(error),
@@ -309,6 +310,9 @@ impl Driver {
         };
         if result.is_ok() {
             info!(container = id.short(), "container removed");
+            if started {
+                self.happened(Some(id), HappeningKind::Stopped);
+            }
             self.happened(Some(id), HappeningKind::Deleted);
         }
         let result = result.map_err(Arc::new);
@@ -326,7 +330,7 @@ impl Driver {
         if !told.take_over(state) {
             return;
         }
-        let exit = told.exit().cloned();
+        let (exit, started) = (told.exit().cloned(), told.started_at() > 0);
         self.keep_or_log(told).await;
         if let (false, Some(exit)) = (had_ended, exit) {
             info!(
@@ -335,6 +339,10 @@ impl Driver {
                 reason = exit.reason,
                 "container exited"
             );
+            // A command may be over before its start is answered.
+            if started {
+                self.happened(Some(&id), HappeningKind::Started);
+            }
             self.happened(Some(&id), HappeningKind::Stopped);
         }
     }

@@ -49,6 +49,7 @@ pub(super) struct Driver {
     pub(super) jobs: Jobs,
     created: Option<Result<(), Arc<SandboxError>>>,
     pub(super) settled: bool,
+    pub(super) stuck: bool,
     removed: bool,
     requests: mpsc::Receiver<Request>,
     view: watch_channel::Sender<Arc<View>>,
@@ -85,6 +86,7 @@ pub(crate) fn start(
         unclear: unclear.clone(),
         created: created.clone(),
         settled,
+        stuck: false,
         removed: false,
     };
     let (view, reader) = watch_channel::channel(Arc::new(first));
@@ -97,6 +99,7 @@ pub(crate) fn start(
         jobs: Jobs::default(),
         created,
         settled,
+        stuck: false,
         removed: false,
         requests: queue,
         view,
@@ -155,9 +158,6 @@ impl Driver {
         match request {
             Request::Stop(reply) => {
                 let result = self.teardown(Event::StopRequested).await;
-                if result.is_ok() {
-                    self.happened(None, HappeningKind::Stopped);
-                }
                 answer(reply, result);
                 ControlFlow::Continue(())
             }
@@ -196,6 +196,8 @@ impl Driver {
             }
             Err(panic) => Err(SandboxError::step("create the sandbox", panic)),
         };
+        let stages = self.record.boundary.as_ref().map(|boundary| boundary.stages_ms.clone());
+        self.deps.instruments.started(&result, &stages.unwrap_or_default());
         let step = match result {
             Ok(()) => {
                 self.created = Some(Ok(()));
@@ -288,9 +290,9 @@ impl Driver {
             Note::Ended(why) => {
                 if self.record.state == SandboxState::Ready {
                     warn!(why, "the boundary ended by itself");
+                    self.deps.instruments.boundary_died(self.record.spec.boundary());
                     self.record.end_reason = Some(why);
                     self.log_teardown(Event::BoundaryExited).await;
-                    self.happened(None, HappeningKind::Stopped);
                 }
                 self.settled = true;
                 self.publish();
@@ -326,17 +328,27 @@ impl Driver {
             unclear: self.unclear.clone(),
             created: self.created.clone(),
             settled: self.settled,
+            stuck: self.stuck,
             removed: self.removed,
         }));
     }
 
+    /// Tells what has just happened to a container, or to the sandbox, at the time that the records have
+    /// for it.
     pub(super) fn happened(&self, container: Option<&ContainerId>, kind: HappeningKind) {
-        let sandbox = self.record.id.clone();
-        let happening = Happening { sandbox, container: container.cloned(), kind, at: now() };
-        // An error only says that nobody listens.
-        if self.deps.events.send(happening).is_err() {
-            debug!(?kind, "nobody listens to events");
-        }
+        let record = container.and_then(|id| self.containers.get(id));
+        let at = match (kind, record) {
+            (HappeningKind::Created, Some(record)) => record.created_at,
+            (HappeningKind::Started, Some(record)) => record.started_at(),
+            (HappeningKind::Stopped, Some(record)) => record.exit().map_or(0, |e| e.finished_at),
+            (HappeningKind::Deleted, _) | (_, None) => 0,
+        };
+        self.deps.events.tell(Happening {
+            sandbox: self.record.id.clone(),
+            container: container.cloned(),
+            kind,
+            at: if at > 0 { at } else { now() },
+        });
     }
 }
 

@@ -4,7 +4,7 @@
 //! n-th of these points (the call then never returns, as for a killed server) or to fail at one.
 
 use super::{
-    Deps, SandboxError,
+    Deps, Events, SandboxError,
     network::{Link, Network},
     record::NetworkStatus,
     shims::Shims,
@@ -73,7 +73,8 @@ impl FakeHost {
             shims: self.clone(),
             spares: Spares::none(),
             boot_id: "boot-1".to_owned(),
-            events: broadcast::channel(64).0,
+            instruments: Arc::default(),
+            events: Arc::new(Events::open(self.folder.path().join("told")).unwrap()),
         }
     }
 
@@ -392,8 +393,15 @@ impl shim_server::Shim for Answers {
         Ok(Response::new(agent::UpdateContainerResponse {}))
     }
 
-    async fn stats(&self, _: Request<shim::StatsRequest>) -> Answer<shim::StatsResponse> {
-        Err(Status::unimplemented("stats"))
+    async fn stats(&self, request: Request<shim::StatsRequest>) -> Answer<shim::StatsResponse> {
+        let wanted = request.into_inner().container_ids;
+        let of =
+            |id: &String| agent::ContainerStats { container_id: id.clone(), ..Default::default() };
+        let containers = self.0.containers.lock().unwrap();
+        let wanted = containers.keys().filter(|id| wanted.is_empty() || wanted.contains(id));
+        let guest =
+            agent::StatsResponse { containers: wanted.map(of).collect(), ..Default::default() };
+        Ok(Response::new(shim::StatsResponse { guest: Some(guest), ..Default::default() }))
     }
 
     async fn exec(&self, _: Request<Streaming<agent::ExecInput>>) -> Answer<Self::ExecStream> {

@@ -22,6 +22,7 @@ mod containers;
 mod create;
 mod driver;
 pub mod error;
+pub mod events;
 pub mod index;
 pub mod network;
 pub mod record;
@@ -40,10 +41,12 @@ pub(crate) mod fakes;
 pub(crate) mod tests;
 
 pub use error::SandboxError;
+pub use events::{Events, Happening, HappeningKind};
 pub use index::Sandboxes;
 
 use crate::{
-    container::{ContainerRecord, spec::Resources},
+    container::{ContainerRecord, Phase, spec::Resources},
+    instruments::Instruments,
     shim_client::ShimClient,
 };
 use a3s_box_api::shim::v1 as shim;
@@ -56,7 +59,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use tokio::sync::{broadcast, mpsc, oneshot, watch as watch_channel};
+use tokio::sync::{mpsc, oneshot, watch as watch_channel};
 
 /// What a driver works with. Cheap to clone.
 #[derive(Clone)]
@@ -71,34 +74,10 @@ pub struct Deps {
     pub spares: Spares,
     /// This boot of the host.
     pub boot_id: String,
-    /// What happened, for GetContainerEvents; nobody needs to listen.
-    pub events: broadcast::Sender<Happening>,
-}
-
-/// Something kubelet may want to hear of.
-#[derive(Debug, Clone)]
-pub struct Happening {
-    /// In which sandbox.
-    pub sandbox: SandboxId,
-    /// To which container; `None`: to the sandbox itself.
-    pub container: Option<ContainerId>,
-    /// What.
-    pub kind: HappeningKind,
-    /// Unix nanoseconds.
-    pub at: i64,
-}
-
-/// What happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HappeningKind {
-    /// It was made.
-    Created,
-    /// It runs.
-    Started,
-    /// It ended.
-    Stopped,
-    /// It is gone.
-    Deleted,
+    /// What the server counts of itself.
+    pub instruments: Arc<Instruments>,
+    /// What happened, for GetContainerEvents.
+    pub events: Arc<Events>,
 }
 
 /// The answer to a request; errors are shared by all who wait.
@@ -141,6 +120,8 @@ pub struct View {
     pub created: Option<Result<(), Arc<SandboxError>>>,
     /// What a restarted server had to find out is found out.
     pub settled: bool,
+    /// The last teardown could not take everything away; the next Stop tries again.
+    pub stuck: bool,
     /// Forgotten: the handle is the last thing left of it.
     pub removed: bool,
 }
@@ -154,6 +135,35 @@ impl View {
     /// Whether lists show it: not before it was ready once, not after it was removed.
     pub fn listed(&self) -> bool {
         !self.removed && self.record.state != SandboxState::Creating
+    }
+
+    /// All that has happened to the sandbox and its containers, as its records have it.
+    pub fn happened(&self) -> Vec<Happening> {
+        use HappeningKind::{Created, Started, Stopped};
+        let of = |container: Option<&ContainerRecord>, kind, at| Happening {
+            sandbox: self.record.id.clone(),
+            container: container.map(|container| container.id.clone()),
+            kind,
+            at,
+        };
+        if self.record.state == SandboxState::Creating {
+            return Vec::new();
+        }
+        let created_at = self.record.created_at;
+        let mut all = vec![of(None, Created, created_at), of(None, Started, created_at)];
+        for container in self.containers.values().filter(|one| one.phase != Phase::Creating) {
+            all.push(of(Some(container), Created, container.created_at));
+            if container.started_at() > 0 {
+                all.push(of(Some(container), Started, container.started_at()));
+            }
+            if let Some(exit) = container.exit() {
+                all.push(of(Some(container), Stopped, exit.finished_at));
+            }
+        }
+        if self.record.state != SandboxState::Ready {
+            all.push(of(None, Stopped, now()));
+        }
+        all
     }
 
     /// For error messages.

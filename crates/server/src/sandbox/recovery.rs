@@ -62,6 +62,8 @@ impl index::Sandboxes {
                 warn!(id = sandbox.view().record.id.short(), "not settled in time");
             }
         }
+        let happened = self.all().iter().flat_map(|(_, view)| view.happened()).collect();
+        self.deps().events.recovered(happened);
         info!(sandboxes = adopted.len(), "recovered");
         Ok(())
     }

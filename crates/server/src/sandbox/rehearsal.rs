@@ -4,8 +4,10 @@
 
 use super::{SandboxError, blocking, configure::configure, spec::SandboxSpec};
 use crate::{
-    container_create::prepare, container_spec::container_spec, node::ContainerImage,
-    shim_client::ShimClient,
+    container_create::prepare,
+    container_spec::container_spec,
+    node::ContainerImage,
+    shim_client::{Detail, ShimClient},
 };
 use a3s_box_api::cri;
 use a3s_box_types::{
@@ -75,7 +77,7 @@ impl Rehearsal {
             );
             return Err(SandboxError::step("run the rehearsal's command", why));
         }
-        shim.stats(Vec::new()).await?;
+        shim.stats(Vec::new(), Detail::Plain).await?;
         shim.remove_container(&container).await?;
         blocking("remove the rehearsal's files", move || removed(fs::remove_dir_all(&logs))).await
     }

@@ -95,6 +95,11 @@ impl Spares {
         taken
     }
 
+    /// How many are ready.
+    pub fn waiting(&self) -> usize {
+        self.0.as_ref().map_or(0, |inner| inner.lock().ready.len())
+    }
+
     /// Ends all, and makes no more.
     pub async fn end(&self) {
         let Some(inner) = &self.0 else { return };

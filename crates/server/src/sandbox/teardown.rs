@@ -1,7 +1,7 @@
 //! The one teardown: after a failed creation, for Stop and Remove, after the boundary's own end, and
 //! at recovery. Finds everything by the id, may be repeated, and goes on past errors.
 
-use super::{SandboxError, create, driver::Driver};
+use super::{HappeningKind, SandboxError, create, driver::Driver};
 use a3s_box_types::sandbox::{Event, SandboxState};
 use std::time::Duration;
 
@@ -30,11 +30,13 @@ impl Driver {
         errors.extend(detached.err());
         let why = self.record.end_reason.clone().unwrap_or_else(|| "sandbox stopped".to_owned());
         errors.extend(self.end_containers(&why).await.err());
+        self.stuck = !errors.is_empty();
         if errors.is_empty() {
             self.record.state = self.record.state.on(Event::TornDown)?;
             self.unclear = None;
             errors.extend(create::save(&self.record, &self.deps).await.err());
         }
+        self.happened(None, HappeningKind::Stopped);
         self.publish();
         SandboxError::gather(errors)
     }

@@ -70,6 +70,7 @@ pub(crate) fn view<const N: usize>(name: &str, labels: [(&str, &str); N]) -> Vie
         unclear: None,
         created: Some(Ok(())),
         settled: true,
+        stuck: false,
         removed: false,
     }
 }
