@@ -13,6 +13,7 @@ pub mod inherit;
 pub mod loop_device;
 pub mod memfd;
 pub mod mount_attr;
+pub mod mount_table;
 pub mod namespace;
 pub mod pidfd;
 pub mod seccomp;
