@@ -1,7 +1,7 @@
 //! Everything the agent has: its folders, its launcher, its containers.
 
 use crate::{
-    config::Config,
+    config::{Boundary, Config},
     container::Container,
     device_rules::DeviceRules,
     error::{Error, Step},
@@ -14,6 +14,7 @@ use crate::{
     seccomp_filter::Filters,
     spawn::{self, Spawned, Starting},
     user_namespace::UserNamespace,
+    volume_mounts::VolumeMounts,
     watcher::Watcher,
 };
 use rustix::fd::OwnedFd;
@@ -40,6 +41,8 @@ pub struct Agent {
     pub events: Events,
     /// Mounted image layers.
     pub layers: Layers,
+    /// What containers mount in their volumes.
+    pub volume_mounts: VolumeMounts,
     /// Compiled seccomp profiles.
     pub filters: Filters,
     /// Loaded device rules.
@@ -78,6 +81,7 @@ impl Agent {
             watcher: Watcher::new().step("inotify")?,
             events: Events::default(),
             layers: Layers::new(&config),
+            volume_mounts: VolumeMounts::new(&config),
             filters: Filters::default(),
             device_rules: DeviceRules::default(),
             sandbox: OnceLock::new(),
@@ -88,6 +92,14 @@ impl Agent {
         });
         let reaping = Arc::clone(&agent);
         let watching = Arc::clone(&agent);
+        if agent.config.boundary == Boundary::Guest {
+            let following = Arc::clone(&agent);
+            tokio::spawn(async move {
+                if let Err(error) = following.volume_mounts.run().await {
+                    crate::log::error(format_args!("table of mounts: {error}"));
+                }
+            });
+        }
         tokio::spawn(async move {
             if let Err(error) = reaping.reaper.run().await {
                 crate::log::error(format_args!("reaper: {error}"));

@@ -65,11 +65,12 @@ pub fn share(config: &Config) -> Result<(), Error> {
     let fuse = a3s_box_volume::mount(&config.share).step(what)?;
     // Volumes that the host adds or takes away later reach containers that ask for it.
     mount_change(&config.share, MountPropagationFlags::SHARED).step(what)?;
+    let target = config.share.clone();
     std::thread::Builder::new()
         .name("share-requests".to_owned())
         .stack_size(64 << 10)
         .spawn(move || {
-            if let Err(error) = a3s_box_volume::pump(fuse, port) {
+            if let Err(error) = a3s_box_volume::pump(fuse, port, &target) {
                 crate::log::error(format_args!("share: {error}"));
             }
         })

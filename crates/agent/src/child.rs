@@ -7,7 +7,7 @@ use crate::{
     network,
     plan::{
         ContainerPlan, ExecPlan, Failure, FailureKind, IdMap, Inner, Plan, PodPlan, Process,
-        Report, User,
+        Report, ServePlan, User,
     },
     process, rootfs, users,
 };
@@ -23,7 +23,7 @@ use std::{
     fmt::Display,
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    os::unix::{fs::FileExt, net::UnixStream},
     path::{Path, PathBuf},
 };
 
@@ -88,9 +88,12 @@ fn work(
     let seccomp = descriptors.seccomp.take().map(read).transpose();
     let seccomp = step(seccomp, "seccomp filter")?;
     step(rustix::process::setsid(), "setsid")?;
-    let stdio = &descriptors.stdio;
     match plan {
         Plan::Pause(pod) => pause(control, pod.as_ref()),
+        Plan::Serve(plan) => {
+            let stream = step(descriptors.stdio[0].take().ok_or_else(missing), "stream")?;
+            serve(control, &plan, stream)
+        }
         Plan::Container(plan) => {
             oom_score(plan.process.oom_score_adj)?;
             enter_cgroups(&plan.cgroup_doors)?;
@@ -106,13 +109,13 @@ fn work(
             )?;
             drop(node_mounts);
             if let Some(inner) = &plan.inner {
-                process::give_stdio(stdio, inner.ids.uid, inner.ids.gid)?;
+                process::give_stdio(&descriptors.stdio, inner.ids.uid, inner.ids.gid)?;
                 let pod = step(descriptors.target.take().ok_or_else(missing), "pod")?;
                 let pid_namespace = descriptors.pid_namespace.take();
                 go_inside(control, pod.as_fd(), inner, pid_namespace.as_ref().map(AsFd::as_fd))?;
             }
             let user = container(&plan, taken)?;
-            let master = process::take_stdio(stdio, &plan.process, &user)?;
+            let master = process::take_stdio(&descriptors.stdio, &plan.process, &user)?;
             if master.is_some() {
                 process::bind_console()?;
             }
@@ -120,8 +123,8 @@ fn work(
         }
         Plan::Exec(plan) => {
             let target = step(descriptors.target.take().ok_or_else(missing), "container")?;
-            join(target.as_fd(), &plan, stdio)?;
-            let master = process::take_stdio(stdio, &plan.process, &plan.user)?;
+            join(target.as_fd(), &plan, &descriptors.stdio)?;
+            let master = process::take_stdio(&descriptors.stdio, &plan.process, &plan.user)?;
             ready(control, master, &plan.process, &plan.user, seccomp.as_deref())
         }
     }
@@ -285,6 +288,25 @@ fn wait_for_word(control: BorrowedFd<'_>) -> Result<(), Failure> {
 fn report(control: BorrowedFd<'_>, report: &Report, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let fds: Vec<_> = fd.into_iter().collect();
     launcher::send(control, &serde_json::to_vec(report)?, &fds)
+}
+
+/// Serves a mount to the host, until the host hangs up.
+fn serve(
+    control: BorrowedFd<'_>,
+    plan: &ServePlan,
+    stream: OwnedFd,
+) -> Result<std::convert::Infallible, Failure> {
+    step(rustix::thread::set_name(c"mount-server"), "name")?;
+    rootfs::show_alone(&plan.mount, &plan.staging)?;
+    step(report(control, &Report::Ready(User::default()), None), "report")?;
+    let stream = UnixStream::from(stream);
+    if let Err(error) = a3s_box_volume::serve_mount(&plan.staging, stream) {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        let cause = cause.unwrap_or_default();
+        crate::log::error(format_args!("serve {}: {error}{cause}", plan.mount.display()));
+        exit(1)
+    }
+    exit(0)
 }
 
 /// Holds namespaces: reaps what falls to it, sees nothing, can do nothing.

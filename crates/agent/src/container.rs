@@ -15,7 +15,7 @@ use crate::{
     config::Boundary,
     error::{Error, Step},
     launcher::Descriptors,
-    limits,
+    limits, mounts,
     plan::{ContainerPlan, IdMap, Inner, Mount, MountKind, Plan, Process, User, WantedUser},
     reaper::{Ended, now},
     seccomp_filter::Filter,
@@ -190,12 +190,20 @@ fn prepare(
     let filter = spec.seccomp.as_ref().map(|profile| agent.filters.get(profile)).transpose()?;
     files.cgroup.create()?;
     files.cgroup.limit(&spec.limits, agent.device_rules.get(&spec.rules)?.as_fd())?;
-    let mut layers = Vec::with_capacity(request.layers.len());
-    for name in &request.layers {
-        layers.push(agent.layers.acquire(name)?);
-        files.layers.push(name.clone());
+    let mut acquire = |names: &[String]| -> Result<Vec<PathBuf>, Error> {
+        let mut layers = Vec::with_capacity(names.len());
+        for name in names {
+            layers.push(agent.layers.acquire(name)?);
+            files.layers.push(name.clone());
+        }
+        layers.reverse();
+        Ok(layers)
+    };
+    let layers = acquire(&request.layers)?;
+    for image in &request.image_mounts {
+        let shown = acquire(&image.layers)?;
+        mounts::show_image(&mut spec.mounts, &image.destination, shown, &image.sub_path)?;
     }
-    layers.reverse();
     let (upper, work) = (files.upper.clone(), files.scratch.join("work"));
     for folder in [&upper, &work] {
         fs::create_dir_all(folder).step(format_args!("writable layer {}", folder.display()))?;
@@ -328,6 +336,10 @@ fn duplicate_fd(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Error> {
 async fn follow(agent: Arc<Agent>, container: Arc<Container>, ended: oneshot::Receiver<Ended>) {
     let Ok(ended) = ended.await else { return };
     if let Err(error) = empty(&agent, &container.cgroup).await {
+        crate::log::error(format_args!("container {}: {error}", container.id));
+    }
+    // Nobody is left to serve them, and the host is to see them go before it hears of the end.
+    if let Err(error) = agent.volume_mounts.end(&container.id).await {
         crate::log::error(format_args!("container {}: {error}", container.id));
     }
     let exit = api::Exit {

@@ -43,6 +43,7 @@ mod stats;
 mod streams;
 mod user_namespace;
 mod users;
+mod volume_mounts;
 mod watcher;
 
 use a3s_box_sys::{clone3, inherit};

@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 /// File systems a spec may ask for; binds are the rest.
 const KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "ramfs"];
 
+/// Type of the mounts that show an image.
+const IMAGE: &str = "image";
+
 /// The mounts in order; `ids` are those of the container's user namespace. A mount of the spec replaces the default at the same place, in its place.
 pub fn read(
     spec: &[oci::Mount],
@@ -137,6 +140,19 @@ fn read_one(mount: &oci::Mount, boundary: Boundary, ids: Option<IdMap>) -> Resul
             mapped,
         });
     }
+    if kind == IMAGE {
+        if let Some((name, _)) = options.rest.first() {
+            return Err(Error::Unsupported(format!("{what}: the option {name:?} of an image")));
+        }
+        options.set |= flag::RDONLY;
+        options.clear &= !flag::RDONLY;
+        return Ok(Mount {
+            destination,
+            kind: MountKind::Image { layers: Vec::new(), sub_path: PathBuf::new() },
+            changes: options.changes(),
+            mapped: true,
+        });
+    }
     // One hierarchy is all there is; the old name is what specs have.
     let kind = if kind == "cgroup" { "cgroup2" } else { kind };
     if !KINDS.contains(&kind) {
@@ -155,6 +171,23 @@ fn read_one(mount: &oci::Mount, boundary: Boundary, ids: Option<IdMap>) -> Resul
         changes: options.changes(),
         mapped: true,
     })
+}
+
+/// Gives the mount of type `image` at `destination` what it shows.
+pub fn show_image(
+    mounts: &mut [Mount],
+    destination: &str,
+    shown: Vec<PathBuf>,
+    below: &str,
+) -> Result<(), Error> {
+    let place = normal(Path::new(destination))?;
+    for mount in mounts.iter_mut().filter(|mount| mount.destination == place) {
+        if let MountKind::Image { layers, sub_path } = &mut mount.kind {
+            (*layers, *sub_path) = (shown, below.into());
+            return Ok(());
+        }
+    }
+    Err(Error::invalid(format!("image_mounts: oci_spec has no image at {destination}")))
 }
 
 /// `/a//b/` is `/a/b`; `..` has no place in a destination.
@@ -319,7 +352,7 @@ mod tests {
             let mounts = read(&mounts, &config, false, None).unwrap();
             let from_node = ["/v", "/w"].map(|place| match at(&mounts, place)[0].kind {
                 MountKind::Bind { from_node, .. } => from_node,
-                MountKind::New { .. } => panic!("a bind"),
+                MountKind::New { .. } | MountKind::Image { .. } => panic!("a bind"),
             });
             assert_eq!(from_node, expected);
         }

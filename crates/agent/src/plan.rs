@@ -16,6 +16,17 @@ pub enum Plan {
     Exec(Box<ExecPlan>),
     /// Hold the pod's PID namespace as its process 1, and its user namespace if it has one.
     Pause(Option<PodPlan>),
+    /// Serve a mount to the host, through the standard input.
+    Serve(ServePlan),
+}
+
+/// A mount to be served.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ServePlan {
+    /// Where it is.
+    pub mount: PathBuf,
+    /// Any folder to mount it on, alone.
+    pub staging: PathBuf,
 }
 
 impl Plan {
@@ -138,6 +149,13 @@ pub enum MountKind {
         recursive: bool,
         /// Taken from the node's own mount namespace, so that it can be its source's peer.
         from_node: bool,
+    },
+    /// An image, read-only.
+    Image {
+        /// Mounted layers, the highest first; filled in when they are there.
+        layers: Vec<PathBuf>,
+        /// Folder of the image; empty: all of it.
+        sub_path: PathBuf,
     },
     /// A new file system.
     New {

@@ -18,7 +18,7 @@ use a3s_box_sys::{
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, makedev},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, makedev},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
@@ -27,6 +27,7 @@ use rustix::{
     },
 };
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     fs,
     io::{self, Read},
@@ -52,6 +53,11 @@ pub fn take(
 ) -> Result<Taken, Failure> {
     let mut trees = Vec::with_capacity(plan.mounts.len());
     for wanted in &plan.mounts {
+        if matches!(wanted.kind, MountKind::Image { .. }) {
+            // In its place below.
+            trees.push(None);
+            continue;
+        }
         let devices = plan.standard_devices && wanted.destination == Path::new(DEV);
         let inside = matches!(wanted.kind, MountKind::New { .. }) && !devices;
         let tree = if inside && user_namespace.is_some() {
@@ -77,11 +83,65 @@ pub fn take(
         "cut the mount namespace off",
     )?;
     if let Some(namespace) = user_namespace {
-        for layer in &plan.layers {
+        for layer in all_layers(plan) {
             cover_mapped(layer, namespace)?;
         }
     }
+    for (wanted, tree) in plan.mounts.iter().zip(&mut trees) {
+        if let MountKind::Image { layers, sub_path } = &wanted.kind {
+            let what = format!("mount {}", wanted.destination.display());
+            let image = image(layers, sub_path, &plan.staging, &what)?;
+            set_flags(&image, wanted)?;
+            *tree = Some(image);
+        }
+    }
     Ok(Taken { root: overlay(plan)?, trees })
+}
+
+/// The layers of the root and of all images that are mounted, each once.
+fn all_layers(plan: &ContainerPlan) -> BTreeSet<&Path> {
+    let images = plan.mounts.iter().filter_map(|mount| match &mount.kind {
+        MountKind::Image { layers, .. } => Some(layers),
+        MountKind::Bind { .. } | MountKind::New { .. } => None,
+    });
+    images.chain([&plan.layers]).flatten().map(PathBuf::as_path).collect()
+}
+
+/// An image, or a folder of it, as a mount that is nowhere yet. `staging` is any folder.
+fn image(
+    layers: &[PathBuf],
+    sub_path: &Path,
+    staging: &Path,
+    what: &str,
+) -> Result<OwnedFd, Failure> {
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let root = match layers {
+        [] => return Err(invalid(format!("{what}: the image has no layers"))),
+        // Overlay wants two.
+        [layer] => step(open_tree(CWD, layer, clone), what)?,
+        layers => {
+            let path = |layer: &PathBuf| Some(layer.display().to_string());
+            let options: Vec<_> =
+                layers.iter().map(|layer| ("lowerdir+".to_owned(), path(layer))).collect();
+            step(new_file_system("overlay", "overlay", &options), what)?
+        }
+    };
+    if sub_path.as_os_str().is_empty() {
+        return Ok(root);
+    }
+    // Only what is mounted somewhere can be cloned in part.
+    attach(&root, staging, what)?;
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let inside = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let root = step(rustix::fs::open(staging, folder, Mode::empty()), what)?;
+    let found = rustix::fs::openat2(&root, sub_path, folder, Mode::empty(), inside);
+    let found = found.map_err(|error| {
+        let why = crate::child::text(&error.into());
+        invalid(format!("{what}: folder {} of the image: {why}", sub_path.display()))
+    })?;
+    let tree = step(open_tree(&found, "", clone | OpenTreeFlags::AT_EMPTY_PATH), what)?;
+    step(unmount(staging, UnmountFlags::DETACH), what)?;
+    Ok(tree)
 }
 
 /// Puts an id-mapped mount of a layer in its place, in this process's mount namespace.
@@ -192,6 +252,21 @@ pub fn enter_empty(staging: &Path) -> Result<(), Failure> {
     make_root_readonly()
 }
 
+/// Mounts what is mounted at `shown` at `staging`, without what is mounted below it; for this
+/// process's mount namespace alone.
+pub fn show_alone(shown: &Path, staging: &Path) -> Result<(), Failure> {
+    let what = shown.display().to_string();
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = step(open_tree(CWD, shown, flags), &what)?;
+    let alone = Change { propagation: propagation::PRIVATE, ..Change::default() };
+    step(mount_attr::change(tree.as_fd(), alone), &what)?;
+    step(
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC),
+        "cut the mount namespace off",
+    )?;
+    attach(&tree, staging, &what)
+}
+
 fn pivot(new_root: &Path) -> Result<(), Failure> {
     step(rustix::process::chdir(new_root), "chdir to the rootfs")?;
     // The old root ends up stacked on the new one and is taken away again.
@@ -229,6 +304,7 @@ fn detached(wanted: &Mount) -> Result<OwnedFd, Failure> {
         MountKind::New { kind, source, options } => {
             step(new_file_system(kind, source, options), format_args!("{what} of type {kind}"))?
         }
+        MountKind::Image { .. } => return Err(invalid(format!("{what}: its image is not there"))),
     };
     Ok(tree)
 }

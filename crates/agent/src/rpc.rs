@@ -5,7 +5,7 @@ use crate::{
     agent::Agent,
     attach, container,
     error::{Error, Step},
-    exec, port_forward, sandbox, stats,
+    exec, port_forward, sandbox, stats, volume_mounts,
 };
 use a3s_box_api::agent::v1::{self as api, agent_server, exec_input};
 use std::{future::Future, sync::Arc};
@@ -43,6 +43,7 @@ impl agent_server::Agent for Service {
     type ExecStream = Answers<api::ExecOutput>;
     type EventsStream = Answers<api::Event>;
     type PortForwardStream = Answers<api::PortOutput>;
+    type ServeMountStream = Answers<api::MountOutput>;
 
     async fn configure_sandbox(
         &self,
@@ -142,6 +143,27 @@ impl agent_server::Agent for Service {
         let stream = port_forward::connect(&self.0, first.port).await?;
         let (answers, receiver) = mpsc::channel(WAITING);
         tokio::spawn(port_forward::run(stream, first, inputs, answers));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn volume_mounts(
+        &self,
+        request: Request<api::VolumeMountsRequest>,
+    ) -> Result<Response<api::VolumeMountsResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        let known = request.into_inner().known;
+        finish(async move { agent.volume_mounts.list(known).await }).await
+    }
+
+    async fn serve_mount(
+        &self,
+        request: Request<Streaming<api::MountInput>>,
+    ) -> Result<Response<Self::ServeMountStream>, Status> {
+        let mut inputs = request.into_inner();
+        let first = inputs.message().await?.ok_or_else(|| Error::invalid("no mount was named"))?;
+        let (answers, receiver) = mpsc::channel(WAITING);
+        let agent = Arc::clone(&self.0);
+        tokio::spawn(volume_mounts::serve(agent, first, inputs, answers));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 

@@ -12,8 +12,9 @@ use crate::{
     stop_signal::stop_signal,
 };
 use a3s_box_api::{agent::v1 as agent, cri, shim::v1 as shim};
+use a3s_box_sys::mount_table;
 use a3s_box_types::{ContainerId, SandboxId};
-use std::{fs, io, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, io, path::Path, sync::Arc};
 
 /// Makes the container, or joins the making of the same one.
 ///
@@ -29,14 +30,29 @@ pub async fn create_container(
     let view = sandbox.view();
     let mut spec = container_spec(config, &view.record.spec)?;
     fit_to_sandbox(&mut spec, config, &view, &node.sandboxes)?;
-    let name = spec.image.image.clone();
-    let image = node.images.resolve(&name);
-    let image = image.ok_or(SandboxError::NotFound { kind: "image", id: name })?;
+    let image = resolve(&node, &spec.image.image)?;
+    let mut volumes = ImageVolumes::new();
+    for mount in &mut spec.mounts {
+        if let Some(volume) = &mut mount.image {
+            let found = resolve(&node, &volume.name.image)?;
+            volume.id.clone_from(&found.id);
+            volumes.insert(mount.container_path.clone(), found);
+        }
+    }
     let (id, in_sandbox) = (view.record.id.clone(), view.record.spec.clone());
-    let prepare = move || prepare(&id, spec, &in_sandbox, &image);
+    let prepare = move || prepare(&id, spec, &in_sandbox, &image, &volumes);
     let new = blocking("prepare the container", prepare).await?;
     let id = sandbox.create_container(new).await?;
     Ok(cri::CreateContainerResponse { container_id: id.to_string() })
+}
+
+/// Images that are mounted, by container path.
+pub(crate) type ImageVolumes = BTreeMap<String, ContainerImage>;
+
+/// The image by that name, which kubelet has pulled.
+fn resolve(node: &Node, name: &str) -> Result<ContainerImage, SandboxError> {
+    let found = node.images.resolve(name);
+    found.ok_or_else(|| SandboxError::NotFound { kind: "image", id: name.to_owned() })
 }
 
 /// What a container may have depends on its sandbox: privileges, PID and user
@@ -88,6 +104,7 @@ pub(crate) fn prepare(
     spec: ContainerSpec,
     sandbox: &SandboxSpec,
     image: &ContainerImage,
+    volumes: &ImageVolumes,
 ) -> Result<NewContainer, SandboxError> {
     let config = image.config.config().clone().unwrap_or_default();
     let stop_signal = stop_signal(spec.stop_signal, config.stop_signal().as_deref())?;
@@ -113,7 +130,8 @@ pub(crate) fn prepare(
             .map_err(|error| SandboxError::step("write the OCI spec", error))?,
         spec,
     };
-    let order = order(&record, oci_json, config.user().as_deref().unwrap_or(""), image);
+    let user = config.user().clone().unwrap_or_default();
+    let order = order(&record, oci_json, &user, image, volumes);
     Ok(NewContainer { record, order })
 }
 
@@ -122,6 +140,7 @@ fn order(
     oci_spec: Vec<u8>,
     image_user: &str,
     image: &ContainerImage,
+    volumes: &ImageVolumes,
 ) -> shim::CreateContainerRequest {
     let spec = &record.spec;
     let (pid_mode, pid_target) = match &spec.security.pid {
@@ -130,12 +149,20 @@ fn order(
         Pid::Target(id) => (agent::PidMode::Target, id.clone()),
         Pid::Node => (agent::PidMode::Node, String::new()),
     };
-    let layers = image.layers.iter().map(|layer| layer.display().to_string()).collect();
+    let image_mounts = spec.mounts.iter().filter_map(|mount| {
+        let volume = mount.image.as_ref()?;
+        Some(agent::ImageMount {
+            destination: mount.container_path.clone(),
+            layers: layers(volumes.get(&mount.container_path)?),
+            sub_path: volume.sub_path.clone(),
+        })
+    });
     shim::CreateContainerRequest {
         container: Some(agent::CreateContainerRequest {
             container_id: record.id.to_string(),
             oci_spec: oci_spec.into(),
-            layers,
+            layers: layers(image),
+            image_mounts: image_mounts.collect(),
             user: Some(user(spec, image_user)),
             pid_mode: pid_mode.into(),
             pid_target,
@@ -145,6 +172,11 @@ fn order(
         stdin: spec.stdin,
         stdin_once: spec.stdin_once,
     }
+}
+
+/// Paths on the host.
+fn layers(image: &ContainerImage) -> Vec<String> {
+    image.layers.iter().map(|layer| layer.display().to_string()).collect()
 }
 
 /// CRI's user replaces the image's together with its group.
@@ -167,7 +199,7 @@ fn user(spec: &ContainerSpec, image_user: &str) -> agent::User {
 /// The spec with every mount's source made if it is missing, and without symbolic links.
 fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError> {
     let mut spec = spec.clone();
-    for mount in &mut spec.mounts {
+    for mount in spec.mounts.iter_mut().filter(|mount| mount.image.is_none()) {
         let failed = |error: io::Error| {
             let field = format!("mounts[{}].host_path", mount.container_path);
             SandboxError::invalid(field, format!("{}: {error}", mount.host_path))
@@ -191,21 +223,18 @@ fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError
 
 /// Refuses a path on a mount without peers: what is mounted below it in a container stays there.
 fn shared_mount(path: &Path) -> io::Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let fields = |line: &str| -> Option<(String, bool)> {
-        let (mount, _) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(4);
-        let point = fields.next()?.replace("\\040", " ");
-        Some((point, fields.skip(1).any(|field| field.starts_with("shared:"))))
-    };
-    let on = mounts.lines().filter_map(fields).filter(|(point, _)| path.starts_with(point));
+    let mounts = mount_table::read()?;
+    let on = mounts.iter().filter(|mount| path.starts_with(&mount.point));
     // Of several at one place the last one is on top.
-    match on.max_by_key(|(point, _)| Path::new(point).components().count()) {
-        Some((_, true)) => Ok(()),
-        Some((point, false)) => Err(io::Error::other(format!(
-            "its mount {point} is not shared, so mounts made in the container would not reach the \
-             host: mount --make-rshared {point}"
-        ))),
+    match on.max_by_key(|mount| mount.point.components().count()) {
+        Some(mount) if mount.shared => Ok(()),
+        Some(mount) => {
+            let point = mount.point.display();
+            Err(io::Error::other(format!(
+                "its mount {point} is not shared, so mounts made in the container would not reach \
+                 the host: mount --make-rshared {point}"
+            )))
+        }
         None => Err(io::ErrorKind::NotFound.into()),
     }
 }

@@ -170,6 +170,36 @@ async fn a_container_lives_from_create_to_remove() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_volume_is_its_layers_for_the_shim_and_its_digest_in_the_status() {
+    let host = FakeHost::new();
+    let node = node(&host);
+    let sandbox = run(&node, pod(host.folder.path())).await.unwrap();
+    let image = |name: &str| cri::Mount {
+        container_path: "/image/".into(),
+        readonly: true,
+        image: Some(cri::ImageSpec { image: name.into(), ..Default::default() }),
+        image_sub_path: "etc".into(),
+        ..Default::default()
+    };
+    let mut config = container("c");
+    config.mounts = vec![image("absent")];
+    let error = create(&node, &sandbox, config.clone()).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound, "{error}");
+    config.mounts = vec![image("busybox")];
+    let id = create(&node, &sandbox, config).await.unwrap();
+
+    let shim = host.shim(&sandbox.parse::<SandboxId>().unwrap());
+    let order = shim.orders.lock().unwrap()[0].clone().container.unwrap();
+    let shown = &order.image_mounts[0];
+    assert_eq!((shown.destination.as_str(), shown.sub_path.as_str()), ("/image/", "etc"));
+    assert_eq!(shown.layers, ["/var/lib/a3s-box/image/layer"]);
+    let told = &status(&node, &id).await.unwrap().mounts[0];
+    let image = told.image.as_ref().unwrap();
+    assert_eq!((image.image.as_str(), image.image_ref.as_str()), ("busybox", "sha256:1"));
+    assert_eq!((told.image_sub_path.as_str(), told.host_path.as_str()), ("etc", ""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_ignores_its_signal_is_killed_after_the_grace_period() {
     let host = FakeHost::new();
     let node = node(&host);

@@ -3,7 +3,8 @@
 
 use crate::{
     container::spec::{
-        ContainerSpec, DeviceSpec, ImageName, MountSpec, Pid, Propagation, Resources, Security,
+        ContainerSpec, DeviceSpec, ImageName, ImageVolume, MountSpec, Pid, Propagation, Resources,
+        Security,
     },
     sandbox::{
         SandboxError,
@@ -17,6 +18,8 @@ use a3s_box_api::cri;
 
 /// A smaller cgroup keeps the process that is to be born in it waiting for memory.
 const MEMORY_MIN: i64 = 1 << 20;
+/// What `mount_options` may ask for (KEP-5855).
+const OPTIONS: [&str; 3] = ["noexec", "nodev", "nosuid"];
 
 /// The spec of the container that `config` asks for.
 pub fn container_spec(
@@ -32,12 +35,11 @@ pub fn container_spec(
     }
     let linux = config.linux.clone().unwrap_or_default();
     let security = security(&linux.security_context.unwrap_or_default(), sandbox)?;
-    let mounts =
-        config.mounts.iter().map(|one| mount(one, sandbox.boundary(), security.user_namespace));
+    let mounts = config.mounts.iter().map(|one| mount(one, security.user_namespace));
     Ok(ContainerSpec {
         name: metadata.name.clone(),
         attempt: metadata.attempt,
-        image: image(config.image.as_ref())?,
+        image: image("image", config.image.as_ref())?,
         command: texts("command", &config.command)?,
         args: texts("args", &config.args)?,
         working_dir: working_dir(&config.working_dir)?,
@@ -71,14 +73,14 @@ fn refuse_what_is_not_there(config: &cri::ContainerConfig) -> Result<(), Sandbox
     Ok(())
 }
 
-fn image(image: Option<&cri::ImageSpec>) -> Result<ImageName, SandboxError> {
+fn image(field: &str, image: Option<&cri::ImageSpec>) -> Result<ImageName, SandboxError> {
     match image {
         Some(image) if !image.image.is_empty() => Ok(ImageName {
             image: image.image.clone(),
             user_specified: image.user_specified_image.clone(),
             annotations: image.annotations.clone().into_iter().collect(),
         }),
-        _ => Err(SandboxError::invalid("image.image", "is empty")),
+        _ => Err(SandboxError::invalid(format!("{field}.image"), "is empty")),
     }
 }
 
@@ -151,11 +153,7 @@ fn device(device: &cri::Device, boundary: Boundary) -> Result<DeviceSpec, Sandbo
     })
 }
 
-fn mount(
-    mount: &cri::Mount,
-    boundary: Boundary,
-    pod: Option<UserNamespace>,
-) -> Result<MountSpec, SandboxError> {
+fn mount(mount: &cri::Mount, pod: Option<UserNamespace>) -> Result<MountSpec, SandboxError> {
     let at = |field: &str| format!("mounts[{}].{field}", mount.container_path);
     if !mount.container_path.starts_with('/') || mount.container_path.contains('\0') {
         return Err(SandboxError::invalid(at("container_path"), "is not an absolute path"));
@@ -167,19 +165,20 @@ fn mount(
             return Err(SandboxError::invalid(format!("mounts[].{field}"), why));
         }
     }
-    if mount.image.is_some() || !mount.image_sub_path.is_empty() {
-        return Err(SandboxError::unsupported(at("image"), "image volumes are not there yet"));
+    let image = mount.image.as_ref().map(|_| image_volume(mount, &at)).transpose()?;
+    if image.is_none() && !mount.image_sub_path.is_empty() {
+        return Err(SandboxError::invalid(at("image_sub_path"), "needs image"));
     }
-    if !mount.host_path.starts_with('/') || mount.host_path.contains('\0') {
+    if image.is_none() && (!mount.host_path.starts_with('/') || mount.host_path.contains('\0')) {
         return Err(SandboxError::invalid(at("host_path"), "is not an absolute path"));
     }
-    if let Some(option) = mount.mount_options.first() {
-        let why = "mount options are not there yet";
+    if let Some(option) = mount.mount_options.iter().find(|one| !OPTIONS.contains(&one.as_str())) {
+        let why = format!("only {} are honoured", OPTIONS.join(", "));
         return Err(SandboxError::unsupported(at(&format!("mount_options[{option}]")), why));
     }
     let (uids, gids) = (&mount.uid_mappings, &mount.gid_mappings);
     let id_mapped = UserNamespace::of_mount(&at("uidMappings, gidMappings"), uids, gids, pod)?;
-    let propagation = propagation(mount, boundary, &at("propagation"))?;
+    let propagation = propagation(mount, pod, &at("propagation"))?;
     if mount.recursive_read_only {
         let bad = |why| Err(SandboxError::invalid(at("recursive_read_only"), why));
         if !mount.readonly {
@@ -193,29 +192,53 @@ fn mount(
     Ok(MountSpec {
         container_path: mount.container_path.clone(),
         host_path: mount.host_path.clone(),
+        image,
         readonly: mount.readonly,
         recursive_readonly: mount.recursive_read_only,
         selinux_relabel: mount.selinux_relabel,
         id_mapped,
         propagation,
+        options: mount.mount_options.clone(),
     })
+}
+
+/// The image that a mount shows.
+fn image_volume(
+    mount: &cri::Mount,
+    at: &impl Fn(&str) -> String,
+) -> Result<ImageVolume, SandboxError> {
+    let bad = |field: &str, why: &str| Err(SandboxError::invalid(at(field), why));
+    let name = image(&at("image"), mount.image.as_ref())?;
+    if !mount.host_path.is_empty() {
+        return bad("host_path", "excludes image");
+    }
+    if !mount.readonly {
+        return bad("readonly", "is needed with image: an image is never written to");
+    }
+    if mount.propagation() != cri::MountPropagation::PropagationPrivate {
+        return bad("propagation", "means nothing with image: nothing is mounted in an image");
+    }
+    let path = &mount.image_sub_path;
+    if path.starts_with('/') || path.contains('\0') || path.split('/').any(|part| part == "..") {
+        return bad("image_sub_path", "is not a path below the image's root");
+    }
+    Ok(ImageVolume { name, sub_path: path.clone(), id: String::new() })
 }
 
 fn propagation(
     mount: &cri::Mount,
-    boundary: Boundary,
+    pod: Option<UserNamespace>,
     field: &str,
 ) -> Result<Propagation, SandboxError> {
     match mount.propagation() {
         cri::MountPropagation::PropagationPrivate => Ok(Propagation::Private),
         cri::MountPropagation::PropagationHostToContainer => Ok(Propagation::HostToContainer),
-        cri::MountPropagation::PropagationBidirectional if boundary == Boundary::Host => {
-            Ok(Propagation::Bidirectional)
+        // The kernel lets nothing out of the mount namespaces that a user namespace owns.
+        cri::MountPropagation::PropagationBidirectional if pod.is_some() => {
+            let field = format!("{field} = PROPAGATION_BIDIRECTIONAL");
+            Err(SandboxError::unsupported(field, "needs a pod without a user namespace"))
         }
-        cri::MountPropagation::PropagationBidirectional => Err(SandboxError::unsupported(
-            format!("{field} = PROPAGATION_BIDIRECTIONAL"),
-            "mounts made in a guest do not reach the host yet",
-        )),
+        cri::MountPropagation::PropagationBidirectional => Ok(Propagation::Bidirectional),
     }
 }
 
@@ -410,6 +433,16 @@ mod tests {
         config.linux.as_mut().unwrap().resources.as_mut().unwrap()
     }
 
+    fn image_mount(config: &mut cri::ContainerConfig) -> &mut cri::Mount {
+        config.mounts[0] = cri::Mount {
+            container_path: "/data".into(),
+            readonly: true,
+            image: Some(cri::ImageSpec { image: "busybox".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        &mut config.mounts[0]
+    }
+
     type Case = (&'static str, fn(&mut cri::ContainerConfig));
 
     fn refused(cases: &[Case]) -> Vec<SandboxError> {
@@ -434,11 +467,9 @@ mod tests {
             ("CDI_devices[a/b=c]", |c| {
                 c.cdi_devices = vec![cri::CdiDevice { name: "a/b=c".into() }];
             }),
-            ("mounts[/data].image", |c| c.mounts[0].image = Some(Default::default())),
-            ("mounts[/data].mount_options[noexec]", |c| {
-                c.mounts[0].mount_options = vec!["noexec".into()];
+            ("mounts[/data].mount_options[dev]", |c| {
+                c.mounts[0].mount_options = vec!["noexec".into(), "dev".into()];
             }),
-            ("PROPAGATION_BIDIRECTIONAL", |c| c.mounts[0].propagation = 2),
             ("cpuset_cpus", |c| resources(c).cpuset_cpus = "0-1".into()),
             ("apparmor", |c| security(c).apparmor_profile = "localhost/x".into()),
             ("apparmor", |c| security(c).apparmor = Some(Default::default())),
@@ -481,6 +512,17 @@ mod tests {
             ("memory_limit_in_bytes", |c| resources(c).memory_limit_in_bytes = 1),
             ("mounts[data].container_path", |c| c.mounts[0].container_path = "data".into()),
             ("mounts[/data].host_path", |c| c.mounts[0].host_path.clear()),
+            ("mounts[/data].image.image", |c| c.mounts[0].image = Some(Default::default())),
+            ("mounts[/data].host_path: excludes image", |c| {
+                image_mount(c).host_path = "/tmp".into();
+            }),
+            ("mounts[/data].readonly", |c| image_mount(c).readonly = false),
+            ("mounts[/data].propagation", |c| image_mount(c).propagation = 1),
+            ("mounts[/data].image_sub_path", |c| image_mount(c).image_sub_path = "/etc".into()),
+            ("mounts[/data].image_sub_path", |c| image_mount(c).image_sub_path = "a/../b".into()),
+            ("mounts[/data].image_sub_path: needs image", |c| {
+                c.mounts[0].image_sub_path = "etc".into();
+            }),
             ("mounts[/data].recursive_read_only: needs readonly", |c| {
                 c.mounts[0].recursive_read_only = true;
             }),

@@ -3,7 +3,7 @@
 use crate::{
     container::{
         ContainerRecord, Phase,
-        spec::{MountSpec, Propagation, Resources},
+        spec::{ImageVolume, MountSpec, Propagation, Resources},
     },
     container_list::state,
     node::Node,
@@ -106,6 +106,20 @@ fn mount(mount: &MountSpec) -> cri::Mount {
         recursive_read_only: mount.recursive_readonly,
         selinux_relabel: mount.selinux_relabel,
         propagation: propagation.into(),
+        image: mount.image.as_ref().map(image_volume),
+        image_sub_path: mount.image.as_ref().map_or_else(String::new, |one| one.sub_path.clone()),
+        mount_options: mount.options.clone(),
+        ..Default::default()
+    }
+}
+
+/// What was asked for, and the digest that PullImage answers with.
+fn image_volume(image: &ImageVolume) -> cri::ImageSpec {
+    cri::ImageSpec {
+        image: image.name.image.clone(),
+        annotations: image.name.annotations.clone().into_iter().collect(),
+        user_specified_image: image.name.user_specified.clone(),
+        image_ref: image.id.clone(),
         ..Default::default()
     }
 }

@@ -121,13 +121,30 @@ fn mounts(container: &ContainerSpec, ids: Option<&Mappings>) -> Vec<Mount> {
     };
     let mut mounts = standard_mounts(container.security.privileged);
     mounts.retain(|mount| !replaced(mount.destination()));
-    let mut binds: Vec<&MountSpec> = container.mounts.iter().collect();
-    binds.sort_by_key(|mount| std::path::Path::new(&mount.container_path).components().count());
-    mounts.extend(binds.into_iter().map(|mount| bind(mount, ids)));
+    let mut own_mounts: Vec<&MountSpec> = container.mounts.iter().collect();
+    own_mounts
+        .sort_by_key(|mount| std::path::Path::new(&mount.container_path).components().count());
+    mounts.extend(own_mounts.into_iter().map(|mount| own(mount, ids)));
     mounts
 }
 
-fn bind(spec: &MountSpec, ids: Option<&Mappings>) -> Mount {
+/// A mount of the container's own.
+fn own(spec: &MountSpec, ids: Option<&Mappings>) -> Mount {
+    let mut mount = match &spec.image {
+        // Its layers are the agent's to find.
+        Some(image) => mount(&spec.container_path, "image", &image.name.image, &["ro"]),
+        None => bind(spec),
+    };
+    if let Some(options) = mount.options_mut() {
+        options.extend(spec.options.iter().cloned());
+    }
+    if let Some((uids, gids)) = ids.filter(|_| spec.id_mapped) {
+        mount.set_uid_mappings(Some(uids.clone())).set_gid_mappings(Some(gids.clone()));
+    }
+    mount
+}
+
+fn bind(spec: &MountSpec) -> Mount {
     let access = match (spec.readonly, spec.recursive_readonly) {
         (_, true) => "rro",
         (true, false) => "ro",
@@ -138,12 +155,7 @@ fn bind(spec: &MountSpec, ids: Option<&Mappings>) -> Mount {
         Propagation::HostToContainer => "rslave",
         Propagation::Bidirectional => "rshared",
     };
-    let mut mount =
-        mount(&spec.container_path, "bind", &spec.host_path, &["rbind", propagation, access]);
-    if let Some((uids, gids)) = ids.filter(|_| spec.id_mapped) {
-        mount.set_uid_mappings(Some(uids.clone())).set_gid_mappings(Some(gids.clone()));
-    }
-    mount
+    mount(&spec.container_path, "bind", &spec.host_path, &["rbind", propagation, access])
 }
 
 /// The users' and the groups'.
@@ -406,11 +418,13 @@ mod tests {
         MountSpec {
             container_path: path.into(),
             host_path: "/h".into(),
+            image: None,
             readonly,
             recursive_readonly: false,
             selinux_relabel: false,
             id_mapped: false,
             propagation,
+            options: Vec::new(),
         }
     }
 
@@ -421,7 +435,11 @@ mod tests {
             bind_at("/a/b/c", true, Propagation::Private),
             bind_at("/a", false, Propagation::HostToContainer),
             bind_at("/sys/", false, Propagation::Private),
-            MountSpec { recursive_readonly: true, ..bind_at("/z", true, Propagation::Private) },
+            MountSpec {
+                recursive_readonly: true,
+                options: words(&["noexec"]),
+                ..bind_at("/z", true, Propagation::Private)
+            },
         ];
         let spec = built(&container);
         let mounts = spec.mounts().clone().unwrap();
@@ -442,7 +460,10 @@ mod tests {
             ]
         );
         assert_eq!(mounts[5].options().clone().unwrap(), words(&["rbind", "rslave", "rw"]));
-        assert_eq!(mounts[7].options().clone().unwrap(), words(&["rbind", "rprivate", "rro"]));
+        assert_eq!(
+            mounts[7].options().clone().unwrap(),
+            words(&["rbind", "rprivate", "rro", "noexec"])
+        );
         assert_eq!(mounts[8].options().clone().unwrap(), words(&["rbind", "rprivate", "ro"]));
         let linux = spec.linux().clone().unwrap();
         assert_eq!(linux.rootfs_propagation().as_deref(), Some("rslave"));

@@ -5,7 +5,7 @@
 //! ```text
 //! a3s-box-shim STATE_DIR                      a sandbox, ordered by STATE_DIR/shim.json
 //! a3s-box-shim template CONFIG.json           builds a template and ends
-//! a3s-box-shim volume-server ROOT [INIT]      started by the first: serves the share
+//! a3s-box-shim volume-server ROOT UID [INIT]  started by the first: serves the share
 //! ```
 //!
 //! A sandbox's shim starts the boundary at once and listens on STATE_DIR/shim.sock; it says
@@ -18,6 +18,7 @@ mod boundary;
 mod child;
 mod container;
 mod exec;
+mod guest_mounts;
 mod host;
 mod host_stats;
 mod log_file;
@@ -37,9 +38,9 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let ended = match args[..] {
         ["template", config] => template::run(&PathBuf::from(config)),
-        ["volume-server", root] => volume_server::run(&PathBuf::from(root), None),
-        ["volume-server", root, init] => {
-            volume_server::run(&PathBuf::from(root), Some(&PathBuf::from(init)))
+        ["volume-server", root, user, ref init @ ..] => {
+            let init = init.first().map(PathBuf::from);
+            volume_server::run(&PathBuf::from(root), user, init.as_deref())
         }
         [folder] if !folder.starts_with('-') => sandbox::run(&PathBuf::from(folder)),
         _ => {

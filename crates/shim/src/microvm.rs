@@ -32,6 +32,8 @@ pub struct Parts {
     pub config: MicrovmConfig,
     /// The share's folder, mounted.
     pub share_root: PathBuf,
+    /// The volume server's end of what it is told about the share.
+    pub orders: std::os::unix::net::UnixStream,
     /// The guest's card.
     pub tap: OwnedFd,
     /// The template's memory, for a clone.
@@ -40,7 +42,7 @@ pub struct Parts {
 
 /// From start to end; why it ended.
 pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
-    let Parts { config, share_root, tap, template_ram } = parts;
+    let Parts { config, share_root, orders, tap, template_ram } = parts;
     let vm_parts = VmParts {
         disk: scratch_disk(&config).context("make the scratch disk")?,
         config: config.vm.clone(),
@@ -63,7 +65,8 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
         Start::Clone { template } => Some(template.join(template::FUSE_INIT_FILE)),
         Start::Boot { .. } => None,
     };
-    let mut volumes = volume_server::start(&share_root, volumes, init.as_deref())
+    let giver = a3s_box_volume::Owner { orders, charged: config.vm.uid };
+    let mut volumes = volume_server::start(&share_root, volumes, giver, init.as_deref())
         .context("start the volume server")?;
     owner.started(volumes.pid(), |processes| &mut processes.volume_server)?;
     failpoint::hit("shim-volume-server-listed");

@@ -2,6 +2,7 @@
 
 use crate::{
     boundary::{CALL_WINDOW, CONNECTION_WINDOW, Handle, Parts},
+    guest_mounts::GuestMounts,
     host, microvm, records,
     service::{self, Service, Shim},
     share::PodShare,
@@ -12,13 +13,16 @@ use a3s_box_sys::{inherit, namespace};
 use a3s_box_types::shim::{
     BoundaryConfig, CONFIG_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd,
 };
-use a3s_box_volume::Share;
+use a3s_box_volume::{Orders, Share};
 use anyhow::Context;
 use rustix::mount::{MountPropagationFlags, mount_change};
 use std::{
     fs::{self, File},
     io::Write,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -62,6 +66,7 @@ fn start(folder: &Path, since: Instant, ready: &mut File) -> anyhow::Result<()> 
 
 /// What the boundary is made of, with this process in a mount namespace of its own.
 fn parts(folder: &Path, config: &ShimConfig) -> anyhow::Result<(Parts, PodShare)> {
+    let sandbox = config.sandbox_id.clone();
     match &config.boundary {
         BoundaryConfig::Microvm(config) => {
             let tap = inherit::take(fd::TAP).context("the tap")?;
@@ -71,23 +76,34 @@ fn parts(folder: &Path, config: &ShimConfig) -> anyhow::Result<(Parts, PodShare)
                 }
                 Start::Boot { .. } => None,
             };
+            let mounts = host_mounts()?;
             own_mounts()?;
             let share = Share::create(&folder.join(SHARE_DIR)).context("make the share")?;
             let share_root = share.root().to_owned();
-            let parts = microvm::Parts { config: config.clone(), share_root, tap, template_ram };
-            Ok((Parts::Microvm(parts), PodShare::of_guest(share)))
+            let (ours, orders) = UnixStream::pair().context("make the volume server's orders")?;
+            let ours = Arc::new(Orders::new(ours));
+            let guest_mounts = GuestMounts::new(mounts, ours.clone(), sandbox);
+            let config = config.clone();
+            let parts = microvm::Parts { config, share_root, orders, tap, template_ram };
+            Ok((Parts::Microvm(parts), PodShare::of_guest(share, ours, guest_mounts)))
         }
         BoundaryConfig::Host(config) => {
             let netns = config.own_network.then(|| inherit::take(fd::NETNS)).transpose();
             let netns = netns.context("the pod's network namespace")?;
             let cgroup = host::cgroup(&config.cgroup)?;
-            let mounts = File::open("/proc/self/ns/mnt").context("the node's mount namespace")?;
+            let mounts = host_mounts()?;
             own_mounts()?;
             let config = config.clone();
-            let parts = host::Parts { config, cgroup, netns, mounts: mounts.into() };
+            let parts = host::Parts { config, cgroup, netns, mounts };
             Ok((Parts::Host(parts), PodShare::Host))
         }
     }
+}
+
+/// The host's mount namespace, as long as this process is in it.
+fn host_mounts() -> anyhow::Result<OwnedFd> {
+    let mounts = File::open("/proc/self/ns/mnt").context("the host's mount namespace")?;
+    Ok(mounts.into())
 }
 
 /// Mounts of the host still arrive here; none of ours reaches the host.

@@ -3,7 +3,7 @@
 use crate::{
     boundary::{Boundary, Handle},
     container::{Answer, Container, Stdin},
-    exec,
+    exec, guest_mounts,
     log_file::Log,
     records,
     share::PodShare,
@@ -41,7 +41,7 @@ pub struct Shim {
     folder: PathBuf,
     config: ShimConfig,
     boundary: Handle,
-    share: PodShare,
+    share: Arc<PodShare>,
     since: Instant,
     /// Held through ConfigureSandbox: a repeated call waits for the first one's answer.
     configured: tokio::sync::Mutex<Option<shim::ConfigureSandboxResponse>>,
@@ -68,7 +68,7 @@ impl Shim {
             folder: folder.to_owned(),
             config,
             boundary,
-            share,
+            share: Arc::new(share),
             since,
             configured: tokio::sync::Mutex::default(),
             kernel_release: Mutex::default(),
@@ -110,10 +110,25 @@ impl Shim {
         containers.values().cloned().collect()
     }
 
+    /// Shows what the guest's containers have mounted, before anybody hears of what they did.
+    async fn catch_up(&self) {
+        if let Some(mounts) = self.share.guest_mounts().filter(|mounts| mounts.are_possible())
+            && let Ok(agent) = self.boundary.agent().await
+        {
+            mounts.catch_up(agent).await;
+        }
+    }
+
     fn ended(&self) -> Option<String> {
         match &*self.boundary.state.borrow() {
             Boundary::Ended(why) => Some(why.clone()),
             Boundary::Starting | Boundary::Running(_) => None,
+        }
+    }
+
+    async fn end_guest_mounts(&self) {
+        if let Some(mounts) = self.share.guest_mounts() {
+            mounts.end().await;
         }
     }
 
@@ -164,8 +179,20 @@ impl Shim {
         let mut client = self.boundary.agent().await?;
         let mut spec: Spec = serde_json::from_slice(&order.oci_spec)
             .map_err(|err| Status::invalid_argument(format!("oci_spec: {err}")))?;
-        order.layers = self.share.add_layers(&order.layers)?;
-        self.share.add_volumes(id.as_str(), &mut spec)?;
+        let (share, owner) = (self.share.clone(), id.clone());
+        // A volume may lie below what the guest itself has mounted on the host.
+        (order, spec) = blocking(move || {
+            order.layers = share.add_layers(&order.layers)?;
+            for image in &mut order.image_mounts {
+                image.layers = share.add_layers(&image.layers)?;
+            }
+            share.add_volumes(owner.as_str(), &mut spec)?;
+            Ok((order, spec))
+        })
+        .await?;
+        if let Some(mounts) = self.share.guest_mounts().filter(|mounts| mounts.are_possible()) {
+            guest_mounts::follow(mounts, &client);
+        }
         failpoint::hit("shim-container-shared");
         order.oci_spec = serde_json::to_vec(&spec)
             .map_err(|err| Status::internal(format!("oci_spec: {err}")))?
@@ -218,13 +245,23 @@ impl Shim {
             let request = agent::RemoveContainerRequest { container_id: id.to_owned() };
             self.boundary.agent().await?.remove_container(request).await?;
             failpoint::hit("shim-container-removed");
+            self.catch_up().await;
         }
-        self.share.remove_volumes(id)?;
+        let (share, owner) = (self.share.clone(), id.to_owned());
+        blocking(move || share.remove_volumes(&owner)).await?;
         records::remove_container(&self.folder, id)
             .map_err(|err| Status::internal(format!("remove the container's record: {err}")))?;
         self.containers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         Ok(())
     }
+}
+
+/// Runs work that may wait for a disk, or for the guest, beside the runtime's thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|err| Status::internal(format!("blocking work: {err}")))?
 }
 
 /// Follows the agent's events and the boundary's end, for the shim's life.
@@ -237,6 +274,7 @@ pub async fn follow(shim: Arc<Shim>) {
         }
     }
     state.wait_for(|state| matches!(state, Boundary::Ended(_))).await.ok();
+    shim.end_guest_mounts().await;
     for container in shim.all() {
         if container.record().phase != ContainerPhase::Exited {
             shim.record_exit(&container, ContainerExit { exited_at: records::now(), ..KILLED })
@@ -264,7 +302,10 @@ async fn follow_agent(
         let exit = records::exit_from(&exited.exit.unwrap_or_default());
         let shim = shim.clone();
         // One container's last output must not hold up another's end.
-        tokio::spawn(async move { shim.record_exit(&container, exit).await });
+        tokio::spawn(async move {
+            shim.catch_up().await;
+            shim.record_exit(&container, exit).await;
+        });
     }
 }
 
@@ -469,7 +510,9 @@ impl shim_server::Shim for Service {
         let request = request.into_inner();
         self.container(&request.container_id)?;
         let client = self.boundary.agent().await?;
-        Ok(Response::new(exec::run(client, request).await?))
+        let answer = exec::run(client, request).await;
+        self.catch_up().await;
+        Ok(Response::new(answer?))
     }
 
     type EventsStream = ReceiverStream<Result<shim::Event, Status>>;
@@ -552,6 +595,7 @@ impl shim_server::Shim for Service {
     ) -> Result<Response<shim::ShutdownResponse>, Status> {
         self.boundary.end().await;
         failpoint::hit("shim-boundary-ended");
+        self.end_guest_mounts().await;
         self.stop.send_replace(true);
         Ok(Response::new(shim::ShutdownResponse {}))
     }

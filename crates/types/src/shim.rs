@@ -11,6 +11,12 @@ pub const SOCKET_FILE: &str = "shim.sock";
 /// File name of the console's last 64 KiB, written when the boundary ends or a stage fails.
 pub const CONSOLE_FILE: &str = "console.log";
 
+/// What the sources of all mounts begin with that the shim shows on the host for its guest, so that they
+/// are found without the shim.
+pub fn guest_mounts(id: &SandboxId) -> String {
+    format!("a3s-box:{id}/")
+}
+
 /// File descriptors the shim inherits; everything else is closed on exec.
 pub mod fd {
     /// Pipe: one line, `ready` once the socket listens or `error: <why>`, then end of file.

@@ -8,7 +8,8 @@
 //!
 //! One thread per direction. Notifications of the host (messages whose `unique` is 0) get a third,
 //! made when the first one comes: the kernel may have to wait for a request's answer before it can
-//! take one, and that answer would be next in line.
+//! take one, and that answer would be next in line. One notification is not the kernel's but this
+//! module's own, to make inotify speak; `host/updates.rs` says why.
 
 use crate::wire::{self, IN_HEADER, MAX_MESSAGE, OUT_HEADER};
 use rustix::event::{PollFd, PollFlags, epoll, poll};
@@ -16,11 +17,12 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use std::collections::HashSet;
-use std::ffi::CString;
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 /// The pump's threads call nothing deep.
@@ -62,11 +64,15 @@ fn read_ahead(target: &Path) -> io::Result<()> {
     std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD_KIB.to_string())
 }
 
-/// Carries messages until the share is unmounted. `port` must block on reads and may hang up and
-/// be connected again at any time; it stays open after the return.
-pub fn pump(fuse: OwnedFd, port: File) -> io::Result<()> {
-    let link =
-        Arc::new(Link { fuse: File::from(fuse), port, unanswered: Mutex::new(HashSet::new()) });
+/// Carries messages of the share at `target` until it is unmounted. `port` must block on reads and may
+/// hang up and be connected again at any time; it stays open after the return.
+pub fn pump(fuse: OwnedFd, port: File, target: &Path) -> io::Result<()> {
+    let link = Arc::new(Link {
+        fuse: File::from(fuse),
+        port,
+        target: target.to_owned(),
+        unanswered: Mutex::new(HashSet::new()),
+    });
     let replies = Arc::clone(&link);
     std::thread::Builder::new().name("share-replies".to_owned()).stack_size(STACK).spawn(
         move || {
@@ -83,6 +89,8 @@ pub fn pump(fuse: OwnedFd, port: File) -> io::Result<()> {
 struct Link {
     fuse: File,
     port: File,
+    /// Where the share is mounted.
+    target: PathBuf,
     /// Requests the port has taken bytes of and that have no answer yet.
     unanswered: Mutex<HashSet<u64>>,
 }
@@ -97,6 +105,24 @@ impl Link {
         if self.unanswered().remove(&unique) {
             self.answer(&wire::out_header(OUT_HEADER, -Errno::IO.raw_os_error(), unique));
         }
+    }
+
+    /// Passes a message on that answers nothing.
+    fn take_note(&self, message: &[u8]) {
+        if wire::u32_at(message, 4) == wire::REPLAY as u32 {
+            self.replay(&message[OUT_HEADER..]);
+        } else {
+            self.answer(message);
+        }
+    }
+
+    /// Does again what the host has done, for those who wait for it here.
+    fn replay(&self, folder: &[u8]) {
+        let Ok(folder) = CStr::from_bytes_with_nul(folder) else { return };
+        let folder = self.target.join(OsStr::from_bytes(folder.to_bytes()));
+        let name = |name: &CStr| folder.join(OsStr::from_bytes(name.to_bytes()));
+        // A volume that has gone has no one waiting.
+        std::fs::rename(name(wire::REPLAYED), name(wire::UPDATED)).ok();
     }
 
     fn fail_all(&self) {
@@ -263,7 +289,7 @@ fn notify(
             std::thread::Builder::new()
                 .name("share-notify".to_owned())
                 .stack_size(STACK)
-                .spawn(move || receiver.iter().for_each(|message| link.answer(&message)))?;
+                .spawn(move || receiver.iter().for_each(|message| link.take_note(&message)))?;
             queue.insert(sender)
         }
     };

@@ -11,8 +11,8 @@
 //! back: each begins with its length. The host's half knows nothing of VMs, the guest's nothing of
 //! files; both are tested against each other over a socket pair.
 //!
-//! Layout of the share: `images/NAME` are files that never change, `volumes/CONTAINER/N` are what
-//! the pod's containers mount. What is cached for how long follows from that.
+//! Layout of the share: `images/NAME` are files that never change, `volumes/CONTAINER/N` and
+//! `volumes/pod/N` are what one of the pod's containers mounts, or several. What is cached for how long follows from that.
 
 #[cfg(feature = "guest")]
 mod guest;
@@ -23,4 +23,8 @@ mod wire;
 #[cfg(feature = "guest")]
 pub use guest::{mount, pump};
 #[cfg(feature = "host")]
-pub use host::{Access, Error, Propagation, Result, Share, handshake, serve};
+pub use host::{
+    Access, Error, Orders, Owner, Place, Propagation, Result, Share, Source, answer, attach,
+    detach, handshake, serve, serve_mount,
+};
+pub use wire::{MAX_MESSAGE, OUT_HEADER, is_answered, u32_at, u64_at};

@@ -11,8 +11,15 @@ pub const OUT_HEADER: usize = 16;
 /// `struct fuse_in_header`: length, opcode, unique, node, uid, gid, pid, padding.
 pub const IN_HEADER: usize = 40;
 
-/// Opcodes that have no answer, or whose answer nobody waits for.
-#[cfg(feature = "guest")]
+/// A notification that is not FUSE's: the guest is asked to rename [`REPLAYED`] to [`UPDATED`] in the
+/// folder of the share whose path follows.
+pub const REPLAY: i32 = 0x3a35;
+/// The link to the version that is in force, in volumes that kubelet updates as a whole.
+pub const UPDATED: &std::ffi::CStr = c"..data";
+/// A name that kubelet does not use.
+pub const REPLAYED: &std::ffi::CStr = c"..data_updated";
+
+/// False for opcodes that have no answer, or whose answer nobody waits for.
 pub fn is_answered(opcode: u32) -> bool {
     use opcode::{BATCH_FORGET, DESTROY, FORGET, INTERRUPT, NOTIFY_REPLY};
     !matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT | NOTIFY_REPLY | DESTROY)

@@ -58,25 +58,43 @@ pub struct ImageName {
     pub annotations: BTreeMap<String, String>,
 }
 
-/// One bind mount.
+/// A folder or file of the host, or an image, in the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountSpec {
     /// Absolute, inside.
     pub container_path: String,
-    /// Absolute, on the host; made as a folder when missing.
+    /// Absolute, on the host; made as a folder when missing. Empty: it is an image.
     pub host_path: String,
+    /// What it shows instead of a path of the host.
+    #[serde(default)]
+    pub image: Option<ImageVolume>,
     /// No writes, but to what is mounted below on the host.
     pub readonly: bool,
     /// No writes to what is mounted below either.
     #[serde(default)]
     pub recursive_readonly: bool,
-    /// kubelet's wish to relabel: holds where there is no SELinux.
+    /// Kubelet's wish that the files get the container's SELinux label, which it utters for nearly every
+    /// volume. No container here has a label (`selinux_options` are refused), so nothing is to be done.
     pub selinux_relabel: bool,
     /// Its files' owners are the pod's ids, not the guest's.
     #[serde(default)]
     pub id_mapped: bool,
     /// Which later mounts are seen.
     pub propagation: Propagation,
+    /// Further flags of the mount, each of which takes something away.
+    #[serde(default)]
+    pub options: Vec<String>,
+}
+
+/// An image that is mounted (KEP-4639).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageVolume {
+    /// As the caller names it.
+    pub name: ImageName,
+    /// Folder of the image; empty: all of it.
+    pub sub_path: String,
+    /// Digest of its config, once it is found.
+    pub id: String,
 }
 
 /// Which mounts made later are seen on the other side.
@@ -87,7 +105,7 @@ pub enum Propagation {
     Private,
     /// The host's in the container.
     HostToContainer,
-    /// The host's in the container, and the container's on the host; only on the node's own kernel.
+    /// The host's in the container, and the container's on the host.
     Bidirectional,
 }
 

@@ -4,7 +4,7 @@
 
 use super::{SandboxError, blocking, configure::configure, spec::SandboxSpec};
 use crate::{
-    container_create::prepare,
+    container_create::{ImageVolumes, prepare},
     container_spec::container_spec,
     node::ContainerImage,
     shim_client::{Detail, ShimClient},
@@ -61,7 +61,7 @@ impl Rehearsal {
         let sandbox_id = id.clone();
         let new = blocking("prepare the rehearsal's container", move || {
             let container = container_spec(&container, &spec)?;
-            prepare(&sandbox_id, container, &spec, &image(layer))
+            prepare(&sandbox_id, container, &spec, &image(layer), &ImageVolumes::new())
         })
         .await?;
         let container = new.record.id.to_string();

@@ -20,6 +20,7 @@ use crate::{shim_client::ShimClient, status::chain};
 use a3s_box_api::shim::v1 as shim;
 use a3s_box_sys::{
     cgroup::{Cgroup, Hierarchies, Limits},
+    mount_table,
     pidfd::Identity,
     spawn::Spawn,
 };
@@ -28,7 +29,7 @@ use a3s_box_types::{
     shim::{
         Accel, BoundaryConfig, CONFIG_FILE, CONTAINERS_DIR, CgroupName, ContainerPhase,
         ContainerRecord, HostConfig, MicrovmConfig, PROCESSES_FILE, Process, Processes,
-        SOCKET_FILE, ShimConfig, Start, VmConfig, VmSize, fd,
+        SOCKET_FILE, ShimConfig, Start, VmConfig, VmSize, fd, guest_mounts,
     },
 };
 use std::{
@@ -303,6 +304,17 @@ impl ShimProcesses {
     }
 }
 
+/// Unmounts what the shim has shown of its guest and not taken away itself.
+async fn unmount_guests(id: &SandboxId) -> Result<(), SandboxError> {
+    const STEP: &str = "unmount what the guest had mounted";
+    let theirs = guest_mounts(id);
+    blocking(STEP, move || {
+        mount_table::abort_all(|mount| mount.source.starts_with(&theirs))
+            .map_err(|error| SandboxError::step(STEP, error))
+    })
+    .await
+}
+
 /// What is left of a boundary's processes.
 struct Living {
     listed: Vec<Identity>,
@@ -425,7 +437,11 @@ impl Shims for ShimProcesses {
                 debug!(error = chain(&error), "the shim is killed instead");
             }
         }
+        // A process that waits for a dead guest does not even end when it is killed.
+        unmount_guests(id).await?;
         self.wait_until_gone(id).await?;
+        // The shim may have mounted one more.
+        unmount_guests(id).await?;
         self.remove_cgroup(id).await?;
         let (disk, scratch) = (self.disk(id), self.scratch(id));
         blocking("remove what the pod wrote", move || {

@@ -11,6 +11,7 @@ use a3s_box_sys::clone3::{namespace, unshare};
 use a3s_box_sys::mount_attr::{self, Change, flag};
 use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::inotify::CreateFlags;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, OpenTreeFlags, UnmountFlags};
@@ -34,6 +35,22 @@ pub fn descriptors() -> Result<usize> {
     Ok(limit as usize)
 }
 
+/// An inotify instance that is charged to the user `uid`: root's are few, and all of the node's.
+pub fn inotify(uid: u32) -> Result<OwnedFd> {
+    let create = || -> rustix::io::Result<OwnedFd> {
+        let keep = None;
+        let charged = Some(rustix::process::Uid::from_raw(uid));
+        rustix::thread::set_thread_res_uid(keep, charged, keep)?;
+        rustix::fs::inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
+    };
+    // In a thread of its own, which takes the change of user with it.
+    let made = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, create)?;
+        thread.join().unwrap_or(Err(Errno::IO)).map_err(std::io::Error::from)
+    });
+    made.map_err(failed("make an inotify instance"))
+}
+
 /// Descriptors of what is left of the file system.
 pub struct Inside {
     /// The share (O_PATH).
@@ -42,8 +59,8 @@ pub struct Inside {
     pub descriptors: OwnedFd,
 }
 
-/// Makes the share at `root` all there is.
-pub fn enter(root: &Path) -> Result<Inside> {
+/// Makes the mount at `root` all there is. `frozen`: nothing changes in the mount itself.
+pub fn enter(root: &Path, frozen: bool) -> Result<Inside> {
     unshare(namespace::MOUNT).map_err(failed("unshare the mount namespace"))?;
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", slave).map_err(failed("make all mounts slaves"))?;
@@ -59,8 +76,10 @@ pub fn enter(root: &Path) -> Result<Inside> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root =
         rustix::fs::openat(CWD, "/", flags, Mode::empty()).map_err(failed("open the share"))?;
-    let read_only = Change { set: flag::RDONLY, ..Change::default() };
-    mount_attr::change(root.as_fd(), read_only).map_err(failed("make the root read-only"))?;
+    if frozen {
+        let read_only = Change { set: flag::RDONLY, ..Change::default() };
+        mount_attr::change(root.as_fd(), read_only).map_err(failed("make the root read-only"))?;
+    }
     rustix::process::fchdir(&descriptors).map_err(failed("enter /proc/self/fd"))?;
     rustix::process::umask(Mode::empty()); // the guest has applied its own
     Ok(Inside { root, descriptors })
@@ -124,6 +143,8 @@ const ALLOWED: &[&str] = &[
     "getrandom",
     "gettid",
     "getxattr",
+    "inotify_add_watch",
+    "inotify_rm_watch",
     "linkat",
     "listxattr",
     "lseek",

@@ -3,19 +3,25 @@
 mod attributes;
 mod confine;
 mod contents;
+mod guest_mount;
 mod handles;
+mod held;
 mod init;
 mod message;
 mod metadata;
 mod names;
 mod nodes;
+mod orders;
 mod serve;
 mod share;
+mod updates;
 mod worker;
 
-pub use init::handshake;
-pub use serve::serve;
-pub use share::{Access, Propagation, Share};
+pub use guest_mount::{Place, attach, detach};
+pub use init::{answer, handshake};
+pub use orders::{Orders, Owner};
+pub use serve::{serve, serve_mount};
+pub use share::{Access, Propagation, Share, Source};
 
 use std::io;
 use std::path::PathBuf;
@@ -47,6 +53,16 @@ pub enum Error {
     /// The system call filter could not be made or installed.
     #[error("confine the volume server: seccomp")]
     Seccomp(#[from] libseccomp::error::SeccompError),
+    /// An order of the share's owner.
+    #[error("{step} {name:?}")]
+    Order {
+        /// What was ordered.
+        step: &'static str,
+        /// A path in the share.
+        name: String,
+        /// The server's answer, or the stream's.
+        source: io::Error,
+    },
     /// The stream to the guest.
     #[error("exchange messages with the guest")]
     Stream(#[source] io::Error),

@@ -21,7 +21,13 @@ const LISTING: usize = 8 << 10;
 impl Worker<'_> {
     pub fn lookup(&self, request: &Request<'_>, reply: &mut Reply) -> Answer {
         let name = request.arguments().name()?;
-        self.found(&*self.node(request)?, name, reply)
+        let parent = self.node(request)?;
+        let updates = self.files.updates.as_ref();
+        if let Some(link) = updates.map_or(Ok(None), |all| all.stand_in(&parent, name))? {
+            let (number, node, stat) = self.files.nodes.insert_double(&parent, link)?;
+            return self.entry(reply, number, &node, &stat);
+        }
+        self.found(&parent, name, reply)
     }
 
     /// Answers with the entry `name` of `parent`.
@@ -98,7 +104,7 @@ impl Worker<'_> {
 
     pub fn rename(&self, request: &Request<'_>, with_flags: bool) -> Answer {
         let mut arguments = request.arguments();
-        let new_parent = self.writable(arguments.u64()?)?;
+        let new_parent = self.files.nodes.get(arguments.u64()?)?;
         let flags = if with_flags {
             let bits = arguments.u64()? as u32; // the other half is padding
             let known = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE | RenameFlags::WHITEOUT;
@@ -109,7 +115,14 @@ impl Worker<'_> {
             RenameFlags::empty()
         };
         let (name, new_name) = (arguments.name()?, arguments.name()?);
-        let parent = self.writable(request.node)?;
+        let parent = self.node(request)?;
+        if let Some(updates) = &self.files.updates
+            && updates.renamed((&parent, name), (&new_parent, new_name))?
+        {
+            return Ok(());
+        }
+        parent.check_writable()?;
+        new_parent.check_writable()?;
         rustix::fs::renameat_with(&parent.fd, name, &new_parent.fd, new_name, flags)
     }
 

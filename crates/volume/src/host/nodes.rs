@@ -4,6 +4,7 @@
 //! that happens to names can make it another file. Identity is (device, inode, mount): a file that
 //! two volumes show is two nodes, because the volumes may differ in what they allow.
 
+use super::held::Held;
 use super::message::Answer;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
@@ -43,7 +44,7 @@ pub struct Node {
 
 impl Node {
     pub fn stat(&self) -> Answer<Statx> {
-        rustix::fs::statx(&self.fd, "", AtFlags::EMPTY_PATH, STAT)
+        stat(&self.fd)
     }
 
     /// EROFS unless it may be changed.
@@ -52,7 +53,8 @@ impl Node {
     }
 }
 
-type Key = (u32, u32, u64, u64);
+/// Device, inode, mount.
+pub type Key = (u32, u32, u64, u64);
 
 struct Entry {
     node: Arc<Node>,
@@ -69,21 +71,18 @@ struct Table {
 /// All nodes. Bounded: the guest decides when to forget.
 pub struct Nodes {
     table: Mutex<Table>,
+    held: Held,
     limit: usize,
     root_mount: u64,
 }
 
 impl Nodes {
-    /// Begins with `root` (O_PATH) alone.
-    pub fn new(root: OwnedFd, limit: usize) -> Answer<Self> {
-        let stat = rustix::fs::statx(&root, "", AtFlags::EMPTY_PATH, STAT)?;
-        let node = Node {
-            fd: root,
-            kind: FileType::Directory,
-            zone: Zone::Share,
-            writable: false,
-            mount: stat.stx_mnt_id,
-        };
+    /// Begins with `root` (O_PATH), which is in `zone`, alone.
+    pub fn new(root: OwnedFd, zone: Zone, limit: usize) -> Answer<Self> {
+        let stat = stat(&root)?;
+        let writable = zone == Zone::Volume && !is_read_only(&root)?;
+        let node =
+            Node { fd: root, kind: FileType::Directory, zone, writable, mount: stat.stx_mnt_id };
         let entry = Entry { node: Arc::new(node), key: key(&stat), lookups: 1 };
         Ok(Self {
             table: Mutex::new(Table {
@@ -91,9 +90,15 @@ impl Nodes {
                 by_number: HashMap::from([(ROOT, entry)]),
                 next: ROOT + 1,
             }),
+            held: Held::default(),
             limit,
             root_mount: stat.stx_mnt_id,
         })
+    }
+
+    /// Names that stand for what was there before the host mounted something.
+    pub fn held(&self) -> &Held {
+        &self.held
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -110,14 +115,10 @@ impl Nodes {
     /// a lookup of what it is. Crosses mounts, never follows a link.
     pub fn lookup(&self, parent: &Node, name: &CStr) -> Answer<(u64, Arc<Node>, Statx)> {
         self.check_room()?;
-        let fd = rustix::fs::openat2(
-            &parent.fd,
-            name,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-        )
-        .map_err(no_room)?;
+        let fd = match self.held.find(parent, name)? {
+            Some(held) => held,
+            None => open_beneath(&parent.fd, name)?,
+        };
         let zone = match (parent.zone, name.to_bytes()) {
             (Zone::Share, b"images") => Zone::Image,
             (Zone::Share, _) => Zone::Volume,
@@ -136,15 +137,40 @@ impl Nodes {
         if self.table().by_number.len() < self.limit { Ok(()) } else { Err(Errno::NFILE) }
     }
 
+    /// Counts a lookup of `fd` (O_PATH), a file of `parent`, as a node of its own: another one than what
+    /// the guest knows the file as.
+    pub fn insert_double(&self, parent: &Node, fd: OwnedFd) -> Answer<(u64, Arc<Node>, Statx)> {
+        self.check_room()?;
+        let stat = stat(&fd)?;
+        let number = self.table().next;
+        // No mount has that number, and no two doubles have the same.
+        self.insert_as((u32::MAX, u32::MAX, number, u64::MAX), parent, parent.zone, fd, stat)
+    }
+
+    /// The number of what the guest knows.
+    pub fn number(&self, key: &Key) -> Option<u64> {
+        self.table().by_key.get(key).copied()
+    }
+
     fn insert(&self, parent: &Node, zone: Zone, fd: OwnedFd) -> Answer<(u64, Arc<Node>, Statx)> {
-        let stat = rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, STAT)?;
+        let stat = stat(&fd)?;
+        self.insert_as(key(&stat), parent, zone, fd, stat)
+    }
+
+    fn insert_as(
+        &self,
+        key: Key,
+        parent: &Node,
+        zone: Zone,
+        fd: OwnedFd,
+        stat: Statx,
+    ) -> Answer<(u64, Arc<Node>, Statx)> {
         let mount = stat.stx_mnt_id;
         let writable = if mount == parent.mount {
             parent.writable
         } else {
             zone == Zone::Volume && !is_read_only(&fd)?
         };
-        let key = key(&stat);
         let mut table = self.table();
         if let Some(number) = table.by_key.get(&key).copied()
             && let Some(entry) = table.by_number.get_mut(&number)
@@ -196,7 +222,24 @@ impl Nodes {
     }
 }
 
-fn key(stat: &Statx) -> Key {
+/// What is to be known of `fd`.
+pub fn stat(fd: &OwnedFd) -> Answer<Statx> {
+    rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, STAT)
+}
+
+/// Opens a path (O_PATH): crosses mounts, never follows a link.
+pub fn open_beneath(folder: &OwnedFd, path: &CStr) -> Answer<OwnedFd> {
+    rustix::fs::openat2(
+        folder,
+        path,
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+    )
+    .map_err(no_room)
+}
+
+pub fn key(stat: &Statx) -> Key {
     (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, stat.stx_mnt_id)
 }
 

@@ -8,7 +8,9 @@
 use super::attributes::Numbers;
 use super::handles::Handles;
 use super::message::{Reply, Request};
-use super::nodes::Nodes;
+use super::nodes::{Nodes, Zone};
+use super::orders::{self, Owner};
+use super::updates::Updates;
 use super::worker::{Files, Worker};
 use super::{Error, Result, confine, init};
 use crate::wire::{self, IN_HEADER, MAX_MESSAGE, opcode};
@@ -25,10 +27,31 @@ const OWN_DESCRIPTORS: usize = 64;
 
 /// The whole life of the volume server: shuts the process into the share at `root`, then serves it
 /// on `stream` until the guest hangs up. `init` is the FUSE_INIT of a guest that was answered
-/// already; without it, the guest begins with one.
+/// already; without it, the guest begins with one. `owner` is who gives [`Orders`](super::Orders).
 ///
-/// The process should hold nothing but `stream` and its standard descriptors, and have one thread.
-pub fn serve(root: &Path, stream: UnixStream, init: Option<Vec<u8>>) -> Result<()> {
+/// The process should hold nothing but the streams and its standard descriptors, and have one thread.
+pub fn serve(
+    root: &Path,
+    stream: UnixStream,
+    init: Option<Vec<u8>>,
+    owner: Option<Owner>,
+) -> Result<()> {
+    serve_zone(root, Zone::Share, stream, init, owner)
+}
+
+/// As [`serve`], for one mount at `root` that is a volume by itself. The other side begins with a
+/// FUSE_INIT.
+pub fn serve_mount(root: &Path, stream: UnixStream) -> Result<()> {
+    serve_zone(root, Zone::Volume, stream, None, None)
+}
+
+fn serve_zone(
+    root: &Path,
+    zone: Zone,
+    stream: UnixStream,
+    init: Option<Vec<u8>>,
+    owner: Option<Owner>,
+) -> Result<()> {
     let answered = match init {
         None => false,
         Some(init) if init::answer(&init).is_some() => true,
@@ -38,23 +61,29 @@ pub fn serve(root: &Path, stream: UnixStream, init: Option<Vec<u8>>) -> Result<(
     };
     stream.set_nonblocking(false).map_err(Error::Stream)?;
     let descriptors = confine::descriptors()?.saturating_sub(OWN_DESCRIPTORS);
-    let confine::Inside { root, descriptors: fds } = confine::enter(root)?;
+    let inotify = owner.as_ref().map(|owner| confine::inotify(owner.charged)).transpose()?;
+    let confine::Inside { root, descriptors: fds } = confine::enter(root, zone == Zone::Share)?;
     let handles = descriptors / 4;
     let files = Files {
-        nodes: Nodes::new(root, descriptors - handles)
+        nodes: Nodes::new(root, zone, descriptors - handles)
             .map_err(|error| Error::Confine { step: "look at the share", source: error.into() })?,
         handles: Handles::new(handles),
         numbers: Numbers::new(),
+        updates: inotify.map(Updates::new),
         descriptors: fds,
     };
     confine::drop_privileges()?;
-    let server = Server { files: &files, stream, reading: Mutex::new(()), writing: Mutex::new(()) };
+    let (reading, writing) = (Mutex::new(()), Mutex::new(()));
+    let orders = owner.map(|owner| owner.orders);
+    let server = Server { files: &files, stream, orders, reading, writing };
     server.run(answered)
 }
 
 struct Server<'a> {
     files: &'a Files,
     stream: UnixStream,
+    /// From the share's owner.
+    orders: Option<UnixStream>,
     /// Held while a message is read.
     reading: Mutex<()>,
     /// Held while an answer is written.
@@ -72,13 +101,14 @@ impl Server<'_> {
             let closed = lock(&self.reading);
             let (started, starts) = mpsc::channel();
             let mut workers = Vec::new();
-            for _ in 0..WORKERS {
+            let works = std::iter::repeat_n(Self::work as fn(&Self) -> Result<()>, WORKERS);
+            for work in works.chain(self.orders.is_some().then_some(Self::obey as _)) {
                 let worker = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, {
                     let started = started.clone();
                     move || {
                         // The other end waits for this.
                         started.send(()).ok();
-                        self.work()
+                        work(self)
                     }
                 });
                 match worker {
@@ -111,10 +141,21 @@ impl Server<'_> {
         })
     }
 
-    /// Ends all threads: they find the stream at its end.
+    /// Ends all threads: they find the streams at their ends.
     fn hang_up(&self) {
-        // It may have ended already.
-        self.stream.shutdown(std::net::Shutdown::Both).ok();
+        for stream in std::iter::once(&self.stream).chain(&self.orders) {
+            // It may have ended already.
+            stream.shutdown(std::net::Shutdown::Both).ok();
+        }
+    }
+
+    /// Does what the share's owner says, to its end.
+    fn obey(&self) -> Result<()> {
+        let tell = |message: &[u8]| {
+            let _writing = lock(&self.writing);
+            self.send(message)
+        };
+        self.orders.as_ref().map_or(Ok(()), |orders| orders::obey(orders, self.files, tell))
     }
 
     fn answer_init(&self) -> Result<()> {
@@ -129,9 +170,7 @@ impl Server<'_> {
 
     fn work(&self) -> Result<()> {
         let result = self.work_until_end();
-        if result.is_err() {
-            self.hang_up();
-        }
+        self.hang_up();
         result
     }
 

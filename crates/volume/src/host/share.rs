@@ -6,6 +6,7 @@
 
 use super::{Error, Result};
 use a3s_box_sys::mount_attr::{self, Change, flag, propagation};
+use a3s_box_sys::mount_table;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::mount::{
@@ -24,7 +25,7 @@ pub struct Share {
 }
 
 /// Whether a volume shows what is mounted below it on the host later (CRI: MountPropagation).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Propagation {
     /// It stays as it was.
     Private,
@@ -33,7 +34,7 @@ pub enum Propagation {
 }
 
 /// What the guest may change in a volume (CRI: readonly, recursive_read_only).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Access {
     /// Everything.
     ReadWrite,
@@ -147,16 +148,7 @@ impl Share {
 
     /// Whether the host has something mounted below what was added as `name`.
     pub fn has_mounts_below(&self, name: &str) -> Result<bool> {
-        let path = self.path(name)?;
-        let mount = rustix::fs::statx(CWD, &path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::MNT_ID)
-            .map_err(io::Error::from)
-            .map_err(failed("look at", &path))?
-            .stx_mnt_id
-            .to_string();
-        let mounts = Path::new("/proc/thread-self/mountinfo");
-        let table = fs::read_to_string(mounts).map_err(failed("read", mounts))?;
-        // The second field is the number of the mount that a mount stands on.
-        Ok(table.lines().any(|line| line.split(' ').nth(1) == Some(&mount)))
+        Ok(Source::at(&self.path(name)?)?.has_mounts_below)
     }
 
     /// Takes away what was added as `prefix` or below it. What the guest still holds open ends
@@ -197,12 +189,38 @@ impl Share {
     }
 }
 
+/// What is at a path of the host: two that are equal show the same.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Source {
+    file: (u32, u32, u64),
+    mount: u64,
+    /// Something else is mounted below it.
+    pub has_mounts_below: bool,
+}
+
+impl Source {
+    /// Looks at `path`, which has no links in it.
+    pub fn at(path: &Path) -> Result<Self> {
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+        let stat = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, wanted)
+            .map_err(io::Error::from)
+            .map_err(failed("look at", path))?;
+        let table = mount_table::read().map_err(failed("look for mounts below", path))?;
+        let mut below = table.iter().filter(|mount| mount.parent == stat.stx_mnt_id);
+        Ok(Self {
+            file: (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino),
+            mount: stat.stx_mnt_id,
+            has_mounts_below: below.any(|mount| mount.point.starts_with(path)),
+        })
+    }
+}
+
 fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
     move_mount(mount.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     Ok(())
 }
 
-fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+pub fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
     let path = path.to_owned();
     move |source| Error::Mount { step, path, source }
 }

@@ -7,6 +7,7 @@ use super::attributes::Numbers;
 use super::handles::Handles;
 use super::message::{Answer, Reply, Request};
 use super::nodes::{Node, Nodes};
+use super::updates::Updates;
 use crate::wire::opcode;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags};
@@ -20,6 +21,8 @@ pub struct Files {
     pub nodes: Nodes,
     pub handles: Handles,
     pub numbers: Numbers,
+    /// Of volumes that kubelet updates, where somebody says which these are.
+    pub updates: Option<Updates>,
     /// This process's `/proc/self/fd`, and nothing else of procfs: turns an O_PATH descriptor into
     /// one that can be read. It is also the working directory, for system calls that want a path.
     pub descriptors: OwnedFd,

@@ -1,6 +1,6 @@
 //! A share with a guest: what most tests begin with.
 
-use a3s_box_volume::{Access, Propagation, Share};
+use a3s_box_volume::{Access, Orders, Owner, Propagation, Share};
 use anyhow::{Context, Result, ensure};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -8,7 +8,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
@@ -28,15 +28,22 @@ fn stdin() -> Result<OwnedFd> {
 pub fn server(root: &str, after_init: bool) -> Result<()> {
     let init =
         if after_init { Some(fs::read(Path::new(root).with_extension("init"))?) } else { None };
-    a3s_box_volume::serve(Path::new(root), UnixStream::from(stdin()?), init)?;
+    let orders = UnixStream::connect(Path::new(root).with_extension("orders")).ok();
+    let owner = orders.map(|orders| Owner { orders, charged: 12_345 });
+    a3s_box_volume::serve(Path::new(root), UnixStream::from(stdin()?), init, owner)?;
     Ok(())
+}
+
+/// The server of a mount of the guest; the stream is its standard input.
+pub fn mount_server(root: &str) -> Result<()> {
+    Ok(a3s_box_volume::serve_mount(Path::new(root), UnixStream::from(stdin()?))?)
 }
 
 /// The guest agent's part: mounts, says so, and pumps; the port is its standard input.
 pub fn pump(target: &str) -> Result<()> {
     let fuse = a3s_box_volume::mount(Path::new(target))?;
     println!("mounted");
-    a3s_box_volume::pump(fuse, stdin()?.into())?;
+    a3s_box_volume::pump(fuse, stdin()?.into(), Path::new(target))?;
     Ok(())
 }
 
@@ -80,6 +87,7 @@ pub struct Pod {
     pub server: Process,
     pub pump: Process,
     pub share: Share,
+    pub orders: Orders,
     /// Where the guest sees the share.
     pub guest: PathBuf,
     /// The host's folders.
@@ -97,14 +105,16 @@ impl Pod {
         fs::create_dir(&host)?;
         let share = Share::create(&root)?;
         let (ours, theirs) = UnixStream::pair()?;
+        let orders = UnixListener::bind(root.with_extension("orders"))?;
         let root = root.to_str().context("path")?;
         let server = process(&["server", root], ours.into(), Stdio::inherit())?;
+        let orders = Orders::new(orders.accept()?.0);
         let target = guest.to_str().context("path")?;
         let mut pump = process(&["pump", target], theirs.into(), Stdio::piped())?;
         let mut line = String::new();
         BufReader::new(pump.0.stdout.take().context("stdout")?).read_line(&mut line)?;
         ensure!(line == "mounted\n", "the guest did not mount the share");
-        Ok(Self { server, pump, share, guest, host, dir })
+        Ok(Self { server, pump, share, orders, guest, host, dir })
     }
 
     /// A folder of the host as volume `c/NAME`: its path on the host and in the guest.

@@ -7,8 +7,10 @@ mod bench;
 mod coherence;
 mod files;
 mod fixture;
+mod guest_mounts;
 mod hostile;
 mod raw;
+mod updates;
 
 use std::process::{Command, ExitCode};
 
@@ -21,6 +23,7 @@ fn main() -> ExitCode {
         ["server", root] => fixture::server(root, false),
         ["server-after-init", root] => fixture::server(root, true),
         ["pump", target] => fixture::pump(target),
+        ["mount-server", root] => fixture::mount_server(root),
         ["bench"] => bench::run(),
         ["lock", path] => return fixture::lock(path),
         ["test", name] => match tests().find(|test| test.0 == name) {
@@ -39,7 +42,8 @@ fn main() -> ExitCode {
 }
 
 fn tests() -> impl Iterator<Item = Test> {
-    files::TESTS.iter().chain(coherence::TESTS).chain(hostile::TESTS).copied()
+    let more = guest_mounts::TESTS.iter().chain(updates::TESTS);
+    files::TESTS.iter().chain(coherence::TESTS).chain(hostile::TESTS).chain(more).copied()
 }
 
 fn run_all(filter: Option<&str>) -> ExitCode {
