@@ -13,7 +13,7 @@ agent=${2:?usage: guest/build.sh OUT_DIR AGENT_BINARY}
 
 # What the guest loads at boot, in this order, each after what it depends on.
 # The last for containers that may make network devices: the guest cannot load modules later.
-boot_modules=(virtio_blk virtio_net virtio-rng overlay erofs bridge)
+boot_modules=(virtio_blk virtio_mem virtio_scsi sd_mod virtio_net virtio-rng overlay erofs bridge)
 
 say() { printf 'guest: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }

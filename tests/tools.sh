@@ -17,6 +17,10 @@ if newer critest; then
 	echo "tools: building critest" >&2
 	build test -c -o "$out/critest" sigs.k8s.io/cri-tools/cmd/critest
 fi
+if newer resize e2e/resize/main.go; then
+	echo "tools: building the client that resizes pods" >&2
+	build build -o "$out/resize" ./e2e/resize
+fi
 if newer bench bench/main.go || newer bench bench/streams.go; then
 	echo "tools: building the bench client" >&2
 	build build -o "$out/bench" ./bench

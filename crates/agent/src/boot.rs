@@ -1,6 +1,7 @@
 //! What PID 1 does before anything else: mounts, modules, the scratch disk, the share.
 
 use crate::{
+    cgroup,
     config::Config,
     error::{Error, Step},
     network, port,
@@ -41,7 +42,10 @@ pub fn early(config: &Config) -> Result<(), Error> {
     // Whoever is killed for want of memory, it is not the agent. Children set their own score.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     fs::create_dir_all(&config.runtime).step("runtime folder")?;
-    Ok(())
+    if let Some(root) = config.cgroups.parent() {
+        cgroup::delegate(root)?;
+    }
+    fs::create_dir_all(&config.cgroups).step("the pod's cgroup")
 }
 
 /// Loads modules, mounts the scratch disk.

@@ -141,12 +141,15 @@ impl Cgroup {
             Some(folder) => folder.join("memory.oom_control"),
             None => self.file("memory.events"),
         };
-        fs::read_to_string(file)
-            .ok()
-            .and_then(|events| {
-                events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
-            })
-            .unwrap_or(0)
+        count(&file, "oom_kill ")
+    }
+
+    /// Whether its own memory limit was ever reached for good.
+    pub fn reached_its_limit(&self) -> bool {
+        match self.v1("memory") {
+            Some(folder) => count(&folder.join("memory.failcnt"), "") > 0,
+            None => count(&self.file("memory.events"), "oom ") > 0,
+        }
     }
 
     /// The pids of all processes in it and below.
@@ -185,6 +188,12 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+/// The number behind `key` in a file of the kernel's; 0 when there is none.
+pub fn count(file: &Path, key: &str) -> u64 {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix(key)?.parse().ok()).unwrap_or(0)
 }
 
 fn limit_v1(folder: &Path, limit: &Limit) -> Result<(), Error> {

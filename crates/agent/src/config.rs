@@ -39,7 +39,7 @@ impl Config {
             share: "/share".into(),
             scratch: "/scratch".into(),
             runtime: "/run/a3s-box".into(),
-            cgroups: "/sys/fs/cgroup".into(),
+            cgroups: "/sys/fs/cgroup/pod".into(),
             cgroups_v1: BTreeMap::new(),
             namespaces: namespace::NET | namespace::IPC | namespace::UTS,
             boundary: Boundary::Guest,

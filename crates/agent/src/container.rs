@@ -17,6 +17,7 @@ use crate::{
     launcher::Descriptors,
     limits, mounts,
     plan::{ContainerPlan, IdMap, Inner, Mount, MountKind, Plan, Process, User, WantedUser},
+    pod_limit,
     reaper::{Ended, now},
     seccomp_filter::Filter,
     spawn::Gate,
@@ -342,11 +343,13 @@ async fn follow(agent: Arc<Agent>, container: Arc<Container>, ended: oneshot::Re
     if let Err(error) = agent.volume_mounts.end(&container.id).await {
         crate::log::error(format_args!("container {}: {error}", container.id));
     }
+    let cause = pod_limit::cause_of_end(&agent.config, &container.cgroup);
     let exit = api::Exit {
         code: ended.code,
         signal: ended.signal,
         exited_at: ended.at,
-        oom_killed: container.cgroup.oom_kills() > 0,
+        oom_killed: cause != api::ExitCause::Process,
+        cause: cause.into(),
     };
     container.state.send_replace(State::Exited(exit));
     agent.events.publish(api::event::Kind::ContainerExited(api::ContainerExited {

@@ -152,7 +152,7 @@ async fn inside(
     tasks.abort_all();
     while outputs.join_next().await.is_some() {}
     let oom_killed = signal == Signal::KILL.as_raw() as u32 && container.cgroup.oom_kills() > kills;
-    let exit = api::Exit { code, signal, exited_at: at, oom_killed };
+    let exit = api::Exit { code, signal, exited_at: at, oom_killed, ..Default::default() };
     if answers.send(Ok(answer(exec_output::Kind::Exit(exit)))).await.is_ok() && cgroup.populated() {
         for rest in rests {
             tokio::spawn(rest.discard());

@@ -3,9 +3,9 @@
 
 use crate::{
     agent::Agent,
-    attach, container,
+    attach, container, disks,
     error::{Error, Step},
-    exec, port_forward, sandbox, stats, volume_mounts,
+    exec, pod_limit, port_forward, sandbox, stats, volume_mounts,
 };
 use a3s_box_api::agent::v1::{self as api, agent_server, exec_input};
 use std::{future::Future, sync::Arc};
@@ -124,6 +124,23 @@ impl agent_server::Agent for Service {
     ) -> Result<Response<api::UpdateContainerResponse>, Status> {
         let agent = Arc::clone(&self.0);
         finish(async move { container::update(&agent, request.into_inner()).await }).await
+    }
+
+    async fn limit_pod(
+        &self,
+        request: Request<api::LimitPodRequest>,
+    ) -> Result<Response<api::LimitPodResponse>, Status> {
+        let agent = Arc::clone(&self.0);
+        finish(async move { pod_limit::limit(&agent, &request.into_inner()).await }).await
+    }
+
+    async fn find_disk(
+        &self,
+        request: Request<api::FindDiskRequest>,
+    ) -> Result<Response<api::FindDiskResponse>, Status> {
+        let target = request.into_inner().target;
+        let boundary = self.0.config.boundary;
+        finish(async move { disks::find(boundary, target).await }).await
     }
 
     async fn stats(

@@ -6,9 +6,13 @@ use crate::{
         spec::{Pid, Propagation},
     },
     container_spec::container_spec,
+    host_devices,
     node::{ContainerImage, Node},
     oci_spec::oci_spec,
-    sandbox::{NewContainer, SandboxError, Sandboxes, View, blocking, now, spec::SandboxSpec},
+    sandbox::{
+        NewContainer, SandboxError, Sandboxes, View, blocking, now,
+        spec::{Boundary, SandboxSpec},
+    },
     stop_signal::stop_signal,
 };
 use a3s_box_api::{agent::v1 as agent, cri, shim::v1 as shim};
@@ -131,7 +135,10 @@ pub(crate) fn prepare(
         spec,
     };
     let user = config.user().clone().unwrap_or_default();
-    let order = order(&record, oci_json, &user, image, volumes);
+    let mut order = order(&record, oci_json, &user, image, volumes);
+    if sandbox.boundary() == Boundary::Microvm {
+        order.disks = host_devices::disks(&record.spec.devices, &oci);
+    }
     Ok(NewContainer { record, order })
 }
 
@@ -171,6 +178,7 @@ fn order(
         tty: spec.tty,
         stdin: spec.stdin,
         stdin_once: spec.stdin_once,
+        disks: Vec::new(),
     }
 }
 

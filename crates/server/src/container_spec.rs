@@ -45,11 +45,7 @@ pub fn container_spec(
         working_dir: working_dir(&config.working_dir)?,
         env: env(&config.envs)?,
         mounts: mounts.collect::<Result<_, _>>()?,
-        devices: config
-            .devices
-            .iter()
-            .map(|one| device(one, sandbox.boundary()))
-            .collect::<Result<_, _>>()?,
+        devices: config.devices.iter().map(device).collect::<Result<_, _>>()?,
         labels: config.labels.clone().into_iter().collect(),
         annotations: config.annotations.clone().into_iter().collect(),
         log_path: log_path(&config.log_path)?,
@@ -129,11 +125,8 @@ fn log_path(path: &str) -> Result<String, SandboxError> {
     Ok(path.to_owned())
 }
 
-fn device(device: &cri::Device, boundary: Boundary) -> Result<DeviceSpec, SandboxError> {
+fn device(device: &cri::Device) -> Result<DeviceSpec, SandboxError> {
     let field = format!("devices[{}]", device.container_path);
-    if boundary == Boundary::Microvm {
-        return Err(SandboxError::unsupported(field, "host devices do not reach into a guest yet"));
-    }
     let (host_path, container_path) = (&device.host_path, &device.container_path);
     for (name, path) in [("host_path", host_path), ("container_path", container_path)] {
         if !path.starts_with('/') || path.contains('\0') {
@@ -460,10 +453,6 @@ mod tests {
     fn what_a_guest_cannot_do_is_refused_by_name() {
         let errors = refused(&[
             ("windows", |c| c.windows = Some(Default::default())),
-            ("devices[/dev/x]", |c| {
-                let container_path = "/dev/x".to_owned();
-                c.devices = vec![cri::Device { container_path, ..Default::default() }];
-            }),
             ("CDI_devices[a/b=c]", |c| {
                 c.cdi_devices = vec![cri::CdiDevice { name: "a/b=c".into() }];
             }),

@@ -5,13 +5,14 @@ use crate::{
     container_spec,
     node::Node,
     oci_spec,
-    sandbox::SandboxError,
+    sandbox::{SandboxError, spec::Boundary},
 };
 use a3s_box_api::cri;
+use a3s_box_types::shim::VmSize;
 use std::sync::Arc;
 
-/// Puts the limits that are given in force and saves them. The virtual machine keeps its size: a limit
-/// above it holds as far as the machine reaches.
+/// Puts the limits that are given in force and saves them. The virtual machine keeps its size:
+/// UpdatePodSandboxResources, which kubelet calls first, changes that.
 pub async fn update_container_resources(
     node: Arc<Node>,
     request: cri::UpdateContainerResourcesRequest,
@@ -31,13 +32,35 @@ pub async fn update_container_resources(
             needed: "created or running",
         });
     }
-    let boundary = sandbox.view().record.spec.boundary();
+    let record = &sandbox.view().record;
+    let boundary = record.spec.boundary();
+    if boundary == Boundary::Microvm {
+        fits(&linux, record.size(), node.sizes.max)?;
+    }
     let wanted = merge(&container.spec.resources, container_spec::resources(&linux, boundary)?)?;
-    let order = serde_json::to_vec(&oci_spec::resources(&wanted, Vec::new()))
+    let order = serde_json::to_vec(&oci_spec::resources(&wanted, Vec::new(), boundary))
         .map_err(|error| SandboxError::step("write the limits", std::io::Error::other(error)))?;
     sandbox.shim().update_container(container.id.as_str(), order).await?;
     sandbox.save_resources(&container.id, wanted).await?;
     Ok(cri::UpdateContainerResourcesResponse {})
+}
+
+/// Refuses memory that the pod's machine does not have, but could.
+fn fits(
+    linux: &cri::LinuxContainerResources,
+    machine: VmSize,
+    largest: VmSize,
+) -> Result<(), SandboxError> {
+    let wanted = linux.memory_limit_in_bytes;
+    if machine.memory_mb >= largest.memory_mb || wanted <= i64::from(machine.memory_mb) << 20 {
+        return Ok(());
+    }
+    let why = format!(
+        "{wanted} bytes do not fit into the pod's virtual machine of {} MiB; \
+         UpdatePodSandboxResources makes it larger",
+        machine.memory_mb
+    );
+    Err(SandboxError::invalid("linux.memory_limit_in_bytes", why))
 }
 
 /// What is not given stays.
@@ -66,6 +89,20 @@ fn merge(old: &Resources, new: Resources) -> Result<Resources, SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_the_machine_does_not_have_is_refused_by_name() {
+        let size = |memory_mb| VmSize { vcpus: 1, memory_mb };
+        let asked = |bytes| cri::LinuxContainerResources {
+            memory_limit_in_bytes: bytes,
+            ..Default::default()
+        };
+        assert!(fits(&asked(512 << 20), size(512), size(4096)).is_ok());
+        let error = fits(&asked(600 << 20), size(512), size(4096)).unwrap_err().to_string();
+        assert!(error.contains("memory_limit_in_bytes") && error.contains("512 MiB"), "{error}");
+        let most = fits(&asked(9000 << 20), size(4096), size(4096));
+        assert!(most.is_ok(), "Kubernetes' limits may be larger than the node");
+    }
 
     #[test]
     fn what_is_not_given_stays() {

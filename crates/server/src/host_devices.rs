@@ -1,7 +1,9 @@
-//! The node's device nodes, for containers on the node's own kernel.
+//! The node's device nodes: all kinds for containers on the node's own kernel, block devices for those in
+//! a guest, which has them as disks.
 
 use crate::{container::spec::DeviceSpec, sandbox::SandboxError};
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+use a3s_box_api::shim::v1 as shim;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use std::{
     fs::{self, Metadata},
     io,
@@ -12,6 +14,47 @@ use std::{
 const DEV: &str = "/dev";
 /// Below /dev, what every container has of its own, and what udev keeps there.
 const NOT_THE_NODES: [&str; 6] = ["console", "fd", "mqueue", "pts", "shm", ".udev"];
+
+/// Character devices that are the same on every kernel: null, zero, full, random, urandom, tty, console,
+/// ptmx.
+pub const EVERYWHERE: [(i64, i64); 8] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)];
+
+/// The node at the host path, as far as a guest can have it: a block device, or one that it has itself.
+pub fn for_a_guest(asked: &DeviceSpec) -> Result<LinuxDevice, SandboxError> {
+    let field = format!("devices[{}].host_path", asked.container_path);
+    let path = &asked.host_path;
+    let data = fs::metadata(path)
+        .map_err(|error| SandboxError::invalid(&field, format!("{path}: {error}")))?;
+    let Some(device) = device(Path::new(&asked.container_path), &data) else {
+        let why =
+            format!("{path} is no device node, and folders of them do not reach into a guest");
+        return Err(SandboxError::unsupported(field, why));
+    };
+    let (major, minor) = (device.major(), device.minor());
+    if device.typ() == LinuxDeviceType::C && !EVERYWHERE.contains(&(major, minor)) {
+        let why =
+            format!("{path} is character device {major}:{minor}, which a guest does not have");
+        return Err(SandboxError::unsupported(field, why));
+    }
+    Ok(device)
+}
+
+/// Those of the devices that the guest is to have as disks.
+pub fn disks(asked: &[DeviceSpec], spec: &Spec) -> Vec<shim::HostDisk> {
+    let nodes = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
+    let is_disk = |asked: &&DeviceSpec| {
+        nodes.into_iter().flatten().any(|node| {
+            node.typ() == LinuxDeviceType::B && node.path() == Path::new(&asked.container_path)
+        })
+    };
+    let disk = |asked: &DeviceSpec| shim::HostDisk {
+        host_path: asked.host_path.clone(),
+        container_path: asked.container_path.clone(),
+        access: asked.permissions.clone(),
+    };
+    asked.iter().filter(is_disk).map(disk).collect()
+}
 
 /// The node at the host path, or all nodes below it, as the container is to see them.
 pub fn asked_for(device: &DeviceSpec) -> Result<Vec<LinuxDevice>, SandboxError> {
@@ -104,6 +147,20 @@ mod tests {
         assert!(found.iter().any(|device| device.path() == Path::new("/host/null")));
         for (host, why) in [("/etc/passwd", "no device"), ("/nowhere", "No such file")] {
             let error = asked_for(&wanted(host, "/dev/x")).unwrap_err().to_string();
+            assert!(error.starts_with("devices[/dev/x]") && error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_guest_has_what_every_kernel_has_and_other_character_devices_are_refused_by_name() {
+        let null = for_a_guest(&wanted("/dev/null", "/dev/nothing")).unwrap();
+        assert_eq!((null.path().as_path(), null.major()), (Path::new("/dev/nothing"), 1));
+        for (host, why) in [
+            ("/dev/kmsg", "character device 1:11"),
+            ("/dev", "folders of them"),
+            ("/nowhere", "No such file"),
+        ] {
+            let error = for_a_guest(&wanted(host, "/dev/x")).unwrap_err().to_string();
             assert!(error.starts_with("devices[/dev/x]") && error.contains(why), "{error}");
         }
     }

@@ -42,6 +42,7 @@ pub mod sandbox_spec;
 pub mod sandbox_stats;
 pub mod sandbox_status;
 pub mod sandbox_stop;
+pub mod sandbox_update;
 pub mod seccomp;
 pub mod security;
 pub mod serve;

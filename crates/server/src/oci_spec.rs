@@ -225,7 +225,7 @@ fn linux(
     linux
         .set_namespaces(Some(namespaces(security)))
         .set_devices(Some(devices))
-        .set_resources(Some(resources(&container.resources, rules)))
+        .set_resources(Some(resources(&container.resources, rules, boundary)))
         .set_rootfs_propagation(slave.then(|| "rslave".to_owned()))
         .set_masked_paths(paths(&security.masked_paths))
         .set_readonly_paths(paths(&security.readonly_paths))
@@ -254,7 +254,7 @@ fn namespaces(security: &Security) -> Vec<LinuxNamespace> {
     kinds.into_iter().map(namespace).collect()
 }
 
-/// Device nodes and who may use which. A privileged container on the node's own kernel has all of the
+/// Device nodes and who may use which. A guest has the node's block devices as disks. A privileged container on the node's own kernel has all of the
 /// node's.
 fn devices(
     container: &ContainerSpec,
@@ -264,12 +264,19 @@ fn devices(
     let mut rules = device_rules(privileged);
     let mut devices = Vec::new();
     for asked in &container.devices {
-        let found = host_devices::asked_for(asked)?;
+        let found = match boundary {
+            Boundary::Host => host_devices::asked_for(asked)?,
+            Boundary::Microvm => vec![host_devices::for_a_guest(asked)?],
+        };
+        // The numbers of a disk are the guest's to give, and its rule with them.
+        let is_disk = |device: &LinuxDevice| {
+            boundary == Boundary::Microvm && device.typ() == LinuxDeviceType::B
+        };
         let rule = |device: &LinuxDevice| {
             let (kind, major, minor) = (device.typ(), device.major(), device.minor());
             device_rule(true, Some(kind), Some(major), Some(minor), &asked.permissions)
         };
-        rules.extend(found.iter().map(rule));
+        rules.extend(found.iter().filter(|device| !is_disk(device)).map(rule));
         devices.extend(found);
     }
     if privileged && boundary == Boundary::Host {
@@ -279,7 +286,11 @@ fn devices(
 }
 
 /// The limits as OCI has them.
-pub fn resources(given: &Resources, devices: Vec<LinuxDeviceCgroup>) -> LinuxResources {
+pub fn resources(
+    given: &Resources,
+    devices: Vec<LinuxDeviceCgroup>,
+    boundary: Boundary,
+) -> LinuxResources {
     let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
     let mut cpu = LinuxCpu::default();
     cpu.set_shares(positive(given.cpu_shares))
@@ -289,6 +300,10 @@ pub fn resources(given: &Resources, devices: Vec<LinuxDeviceCgroup>) -> LinuxRes
         .set_mems(some_text(&given.cpuset_mems));
     let mut memory = LinuxMemory::default();
     memory.set_limit((given.memory_limit > 0).then_some(given.memory_limit));
+    // A guest has no swap, so any limit of it holds.
+    if boundary == Boundary::Host && given.memory_swap_limit != 0 {
+        memory.set_swap(Some(given.memory_swap_limit));
+    }
     let mut resources = LinuxResources::default();
     resources.set_cpu(Some(cpu)).set_memory(Some(memory)).set_devices(Some(devices));
     if !given.unified.is_empty() {
@@ -313,8 +328,7 @@ fn device_rules(privileged: bool) -> Vec<LinuxDeviceCgroup> {
         device_rule(true, Some(C), None, None, "m"),
         device_rule(true, Some(B), None, None, "m"),
     ];
-    // null, zero, full, random, urandom, tty, console, ptmx
-    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)] {
+    for (major, minor) in host_devices::EVERYWHERE {
         rules.push(device_rule(true, Some(C), Some(major), Some(minor), "rwm"));
     }
     // pts/N
@@ -558,6 +572,15 @@ mod tests {
         );
         assert_eq!(resources.memory().as_ref().unwrap().limit(), Some(15 << 20));
         assert_eq!(resources.unified().as_ref().unwrap()["pids.max"], "10");
+    }
+
+    #[test]
+    fn swap_is_limited_where_there_may_be_some() {
+        let given = Resources { memory_limit: 5, memory_swap_limit: 7, ..Resources::default() };
+        for (boundary, swap) in [(Boundary::Microvm, None), (Boundary::Host, Some(7))] {
+            let memory = resources(&given, Vec::new(), boundary).memory().unwrap();
+            assert_eq!((memory.limit(), memory.swap()), (Some(5), swap), "{boundary}");
+        }
     }
 
     #[test]

@@ -81,7 +81,7 @@ fn refuse_security(security: &cri::LinuxSandboxSecurityContext) -> Result<(), Sa
     Ok(())
 }
 
-fn refuse_resources(
+pub(crate) fn refuse_resources(
     field: &str,
     resources: &cri::LinuxContainerResources,
 ) -> Result<(), SandboxError> {
@@ -271,7 +271,7 @@ fn shared_pid(security: &cri::LinuxSandboxSecurityContext) -> Result<bool, Sandb
     }
 }
 
-fn host_limits(
+pub(crate) fn host_limits(
     resources: Option<&cri::LinuxContainerResources>,
     overhead: Option<&cri::LinuxContainerResources>,
 ) -> HostLimits {

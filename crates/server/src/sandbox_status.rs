@@ -95,8 +95,10 @@ fn describe(view: &View, told: &shim::StateResponse) -> serde_json::Value {
     let kind = record.spec.boundary();
     let vm = (kind == Boundary::Microvm).then(|| {
         json!({
-            "vcpus": record.spec.size.vcpus,
-            "memoryMb": record.spec.size.memory_mb,
+            "vcpus": record.size().vcpus,
+            "memoryMb": record.size().memory_mb,
+            // More while the guest cannot spare what is to be taken.
+            "memoryMbNow": told.memory_mb,
             "accel": told.accel,
             "pid": told.pid,
             "kernelRelease": boundary.kernel_release,
@@ -113,6 +115,7 @@ fn describe(view: &View, told: &shim::StateResponse) -> serde_json::Value {
         "pid": told.pid,
         "stagesMs": boundary.stages_ms,
         "consoleTail": told.console_tail,
+        "resized": record.resized,
         "config": record.spec,
     })
 }

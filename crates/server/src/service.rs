@@ -7,7 +7,7 @@ use crate::{
     Server, container_create, container_events, container_list, container_log, container_start,
     container_stats, container_status, container_stop, container_update, exec_sync, image_fs_info,
     image_list, image_pull, image_remove, image_status, node_status, runtime_config, sandbox_list,
-    sandbox_metrics, sandbox_run, sandbox_stats, sandbox_status, sandbox_stop,
+    sandbox_metrics, sandbox_run, sandbox_stats, sandbox_status, sandbox_stop, sandbox_update,
     status::{Failure, NodeError, status},
     stream_lists::in_batches,
     streaming, version,
@@ -488,9 +488,14 @@ impl RuntimeService for Service {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
-        not_there("UpdatePodSandboxResources")
+        let request = request.into_inner();
+        let about = About::sandbox(&request.pod_sandbox_id);
+        self.call("UpdatePodSandboxResources", about, request, |server, request| {
+            sandbox_update::update_pod_sandbox_resources(server.node.clone(), request)
+        })
+        .await
     }
 }
 

@@ -113,6 +113,15 @@ impl ShimClient {
         call("remove the container", GUEST, client.remove_container(request)).await.map(drop)
     }
 
+    /// Gives the boundary another size; what it has then.
+    pub async fn resize(
+        &self,
+        order: shim::ResizeRequest,
+    ) -> Result<shim::ResizeResponse, SandboxError> {
+        let mut client = self.client.clone();
+        call("resize the virtual machine", GUEST, client.resize(order)).await
+    }
+
     /// Opens its log file anew.
     pub async fn reopen_log(&self, id: &str) -> Result<(), SandboxError> {
         let request = shim::ReopenLogRequest { container_id: id.to_owned() };

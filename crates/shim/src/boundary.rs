@@ -7,9 +7,9 @@
 
 use crate::{host, host_stats, microvm, records};
 use a3s_box_api::agent::v1::agent_client::AgentClient;
-use a3s_box_sys::cgroup::{Cgroup, Usage};
+use a3s_box_sys::cgroup::{self, Cgroup, Usage};
 use a3s_box_types::shim::{Process, Processes};
-use a3s_box_vmm::Console;
+use a3s_box_vmm::{Console, Hardware};
 use anyhow::Context;
 use hyper_util::rt::TokioIo;
 use std::{
@@ -31,6 +31,10 @@ pub const MESSAGE_MAX: usize = 16 << 20;
 /// the others.
 pub const CALL_WINDOW: u32 = 256 << 10;
 pub const CONNECTION_WINDOW: u32 = 64 << 20;
+
+/// Stands before the reason of a boundary that the node's kernel has killed.
+const KILLED_FOR_MEMORY: &str =
+    "the node's kernel killed it for want of memory, the node's or its cgroup's: ";
 
 /// Where the boundary stands.
 #[derive(Debug, Clone)]
@@ -69,6 +73,8 @@ struct Facts {
     /// The first is the one that stands for the boundary.
     processes: Vec<u32>,
     console: Console,
+    /// Of a virtual machine that runs.
+    hardware: Option<Hardware>,
     stages: HashMap<String, f64>,
     clone_failed: bool,
 }
@@ -132,6 +138,11 @@ impl Handle {
         self.facts().console.tail()
     }
 
+    /// The virtual machine's hardware, once it runs; `None` on the node's kernel.
+    pub fn hardware(&self) -> Option<Hardware> {
+        self.facts().hardware
+    }
+
     /// Milliseconds since the shim's start, by stage.
     pub fn stages(&self) -> HashMap<String, f64> {
         self.facts().stages
@@ -174,7 +185,10 @@ impl Owner {
             Parts::Microvm(parts) => microvm::live(&mut self, parts).await,
             Parts::Host(parts) => host::live(&mut self, parts).await,
         };
-        let why = lived.unwrap_or_else(|err| format!("{err:#}"));
+        let mut why = lived.unwrap_or_else(|err| format!("{err:#}"));
+        if cgroup::own_oom_kills() > 0 {
+            why.insert_str(0, KILLED_FOR_MEMORY);
+        }
         tracing::info!(why, "the boundary has ended");
         self.publish.send_replace(Boundary::Ended(why));
     }
@@ -204,6 +218,11 @@ impl Owner {
     /// Notes that the template is of no use.
     pub fn clone_failed(&self) {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone_failed = true;
+    }
+
+    /// Lets the machine be changed.
+    pub fn show_hardware(&self, hardware: Hardware) {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).hardware = Some(hardware);
     }
 
     /// Publishes the agent behind `stream` once it answers. Comes back with the reason when `ended`

@@ -104,6 +104,11 @@ impl Container {
         Ok(Self { folder, record: Mutex::new(record), log: Mutex::new(Some(log)), drained, io })
     }
 
+    /// Notes what ended the boundary, for the record of its end.
+    pub fn ends_with_boundary(&self, why: &str) {
+        why.clone_into(&mut self.record.lock().unwrap_or_else(PoisonError::into_inner).end_reason);
+    }
+
     /// What is known of it.
     pub fn record(&self) -> ContainerRecord {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()

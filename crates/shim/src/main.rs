@@ -17,6 +17,7 @@
 mod boundary;
 mod child;
 mod container;
+mod disks;
 mod exec;
 mod guest_mounts;
 mod host;
@@ -24,6 +25,7 @@ mod host_stats;
 mod log_file;
 mod microvm;
 mod records;
+mod resize;
 mod sandbox;
 mod service;
 mod share;

@@ -59,6 +59,8 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
     failpoint::hit("shim-vmm-started");
     owner.reached("vmm_spawned");
     owner.show_console(vm.console());
+    let room_mb = config.most_memory_mb.saturating_sub(config.vm.size.memory_mb);
+    owner.show_hardware(vm.hardware(room_mb));
     owner.started(vm.pid(), |processes| &mut processes.vmm)?;
     failpoint::hit("shim-vmm-listed");
     let init = match &config.vm.start {

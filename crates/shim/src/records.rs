@@ -64,11 +64,13 @@ pub fn to_api(record: &ContainerRecord) -> shim::ContainerState {
             signal: exit.signal,
             exited_at: exit.exited_at,
             oom_killed: exit.oom_killed,
+            cause: exit.cause,
         }),
         guest_pid: record.guest_pid,
         uid: record.uid,
         gid: record.gid,
         groups: record.groups.clone(),
+        end_reason: record.end_reason.clone(),
     }
 }
 
@@ -79,6 +81,7 @@ pub fn exit_from(exit: &agent::Exit) -> ContainerExit {
         signal: exit.signal,
         exited_at: exit.exited_at,
         oom_killed: exit.oom_killed,
+        cause: exit.cause,
     }
 }
 

@@ -3,9 +3,10 @@
 use crate::{
     boundary::{Boundary, Handle},
     container::{Answer, Container, Stdin},
+    disks::Disks,
     exec, guest_mounts,
     log_file::Log,
-    records,
+    records, resize,
     share::PodShare,
 };
 use a3s_box_api::{
@@ -13,6 +14,7 @@ use a3s_box_api::{
     shim::v1::{self as shim, event, shim_server, state_response},
 };
 use a3s_box_failpoint as failpoint;
+use a3s_box_sys::cgroup;
 use a3s_box_types::{
     ContainerId,
     shim::{Accel, BoundaryConfig, ContainerExit, ContainerPhase, ContainerRecord, ShimConfig},
@@ -31,21 +33,20 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Both outputs of ExecSync at their largest, and room for the rest.
 pub const MESSAGE_MAX: usize = 48 << 20;
-/// Exit code of a container whose boundary ended under it: as if by SIGKILL.
-const KILLED: ContainerExit =
-    ContainerExit { code: 137, signal: 9, exited_at: 0, oom_killed: false };
-
 /// Everything between the calls.
 #[derive(Debug)]
 pub struct Shim {
     folder: PathBuf,
-    config: ShimConfig,
-    boundary: Handle,
+    pub(crate) config: ShimConfig,
+    pub(crate) boundary: Handle,
     share: Arc<PodShare>,
+    disks: Disks,
     since: Instant,
     /// Held through ConfigureSandbox: a repeated call waits for the first one's answer.
     configured: tokio::sync::Mutex<Option<shim::ConfigureSandboxResponse>>,
     kernel_release: Mutex<String>,
+    /// Held while the machine changes its size.
+    pub(crate) resizing: tokio::sync::Mutex<()>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// Held through a creation, start or removal, by container.
     turns: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -69,9 +70,11 @@ impl Shim {
             config,
             boundary,
             share: Arc::new(share),
+            disks: Disks::default(),
             since,
             configured: tokio::sync::Mutex::default(),
             kernel_release: Mutex::default(),
+            resizing: tokio::sync::Mutex::default(),
             containers: Mutex::default(),
             turns: Mutex::default(),
             exits: watch::channel(0).0,
@@ -160,7 +163,7 @@ impl Shim {
             (true, false) => Stdin::Open,
             (true, true) => Stdin::Once,
         };
-        let made = self.make(&id, order, log_path, stdin).await;
+        let made = self.make(&id, order, &request.disks, log_path, stdin).await;
         if made.is_err()
             && let Err(err) = self.unmake(id.as_str()).await
         {
@@ -173,6 +176,7 @@ impl Shim {
         &self,
         id: &ContainerId,
         mut order: agent::CreateContainerRequest,
+        disks: &[shim::HostDisk],
         log_path: Option<PathBuf>,
         stdin: Stdin,
     ) -> Result<shim::ContainerState, Status> {
@@ -194,6 +198,13 @@ impl Shim {
             guest_mounts::follow(mounts, &client);
         }
         failpoint::hit("shim-container-shared");
+        if !disks.is_empty() {
+            let hardware = self.boundary.hardware();
+            let hardware = hardware.ok_or_else(|| {
+                Status::failed_precondition("there is no machine to plug disks into")
+            })?;
+            self.disks.add(&hardware, &mut client, id.as_str(), disks, &mut spec).await?;
+        }
         order.oci_spec = serde_json::to_vec(&spec)
             .map_err(|err| Status::internal(format!("oci_spec: {err}")))?
             .into();
@@ -216,6 +227,7 @@ impl Shim {
             uid: made.uid,
             gid: made.gid,
             groups: made.groups,
+            end_reason: String::new(),
         };
         let state = records::to_api(&record);
         let container = Container::adopt(self.folder.clone(), record, client, log, stdin).await?;
@@ -246,6 +258,9 @@ impl Shim {
             self.boundary.agent().await?.remove_container(request).await?;
             failpoint::hit("shim-container-removed");
             self.catch_up().await;
+            if let Some(hardware) = self.boundary.hardware() {
+                self.disks.remove(&hardware, id).await?;
+            }
         }
         let (share, owner) = (self.share.clone(), id.to_owned());
         blocking(move || share.remove_volumes(&owner)).await?;
@@ -275,13 +290,25 @@ pub async fn follow(shim: Arc<Shim>) {
     }
     state.wait_for(|state| matches!(state, Boundary::Ended(_))).await.ok();
     shim.end_guest_mounts().await;
+    let why = shim.ended().unwrap_or_default();
     for container in shim.all() {
         if container.record().phase != ContainerPhase::Exited {
-            shim.record_exit(&container, ContainerExit { exited_at: records::now(), ..KILLED })
-                .await;
+            container.ends_with_boundary(&why);
+            shim.record_exit(&container, killed_with_boundary()).await;
         }
     }
     shim.exits.send_modify(|count| *count += 1);
+}
+
+/// The end of a container whose boundary ended under it: as if by SIGKILL.
+fn killed_with_boundary() -> ContainerExit {
+    let oom_killed = cgroup::own_oom_kills() > 0;
+    let cause = match oom_killed {
+        true => agent::ExitCause::BoundaryMemory,
+        false => agent::ExitCause::Boundary,
+    };
+    let exited_at = records::now();
+    ContainerExit { code: 137, signal: 9, exited_at, oom_killed, cause: cause.into() }
 }
 
 async fn follow_agent(
@@ -414,6 +441,7 @@ impl shim_server::Shim for Service {
         &self,
         _request: Request<shim::StateRequest>,
     ) -> Result<Response<shim::StateResponse>, Status> {
+        let memory_mb = self.memory_mb().await;
         let (boundary, end_reason) = match &*self.boundary.state.borrow() {
             Boundary::Starting => (state_response::Boundary::Starting, String::new()),
             Boundary::Running(_) => (state_response::Boundary::Running, String::new()),
@@ -440,6 +468,7 @@ impl shim_server::Shim for Service {
             accel: accel.to_owned(),
             console_tail: self.boundary.console_tail(),
             clone_failed: self.boundary.clone_failed(),
+            memory_mb,
         }))
     }
 
@@ -535,6 +564,17 @@ impl shim_server::Shim for Service {
         let request = request.into_inner();
         self.container(&request.container_id)?;
         self.boundary.agent().await?.update_container(request).await
+    }
+
+    async fn resize(
+        &self,
+        request: Request<shim::ResizeRequest>,
+    ) -> Result<Response<shim::ResizeResponse>, Status> {
+        let (shim, request) = (self.0.clone(), request.into_inner());
+        // A task of its own: what was begun is not left half done when the caller gives up.
+        let resized = tokio::spawn(async move { resize::resize(&shim, request).await }).await;
+        let resized = resized.map_err(|err| Status::internal(format!("resize: {err}")))?;
+        Ok(Response::new(resized?))
     }
 
     async fn stats(

@@ -3,59 +3,19 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod guest;
 
 use a3s_box_api::{agent::v1 as agent, shim::v1 as shim};
-use a3s_box_sys::{namespace, tap};
 use a3s_box_types::{
     ContainerId,
-    shim::{Accel, BoundaryConfig, MicrovmConfig, Start, VmConfig, VmSize, fd},
+    shim::{Start, fd},
 };
-use a3s_box_vmm::template::{Template, TemplateConfig};
-use common::{SHIM, Sandbox, layer, request};
+use common::{Sandbox, layer, request};
+use guest::{boundary, guest, tap, template};
 use serde_json::json;
-use std::{
-    fs,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, os::fd::OwnedFd, path::Path};
 use tokio_stream::StreamExt;
 use tonic::Code;
-
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-const UID: u32 = 64_124;
-
-fn guest(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest").join(name);
-    path.canonicalize().expect("`make guest` has been run")
-}
-
-/// A tap in a network namespace that only its descriptor keeps alive.
-fn tap() -> OwnedFd {
-    let make = || {
-        namespace::unshare_network().unwrap();
-        tap::create("tap0").unwrap()
-    };
-    std::thread::spawn(make).join().unwrap()
-}
-
-fn template(dir: &Path) -> Template {
-    let config = TemplateConfig {
-        qemu: QEMU.into(),
-        accel: Accel::Tcg,
-        kernel: guest("vmlinuz"),
-        initramfs: guest("initramfs"),
-        size: VmSize { vcpus: 1, memory_mb: 512 },
-        uid: UID,
-        disk_bytes: 1 << 30,
-        dir: dir.join("template"),
-    };
-    let file = dir.join("template.json");
-    fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
-    let output = Command::new(SHIM).arg("template").arg(&file).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Template::open(&config.dir).unwrap()
-}
 
 async fn start(dir: &Path, start: Start, ram: Option<OwnedFd>) -> Sandbox {
     let mut sandbox = unconfigured(dir, start, ram).await;
@@ -65,18 +25,7 @@ async fn start(dir: &Path, start: Start, ram: Option<OwnedFd>) -> Sandbox {
 }
 
 async fn unconfigured(dir: &Path, start: Start, ram: Option<OwnedFd>) -> Sandbox {
-    let boundary = BoundaryConfig::Microvm(MicrovmConfig {
-        disk: dir.join("disk.ext4"),
-        disk_bytes: 1 << 30,
-        vm: VmConfig {
-            qemu: QEMU.into(),
-            accel: Accel::Tcg,
-            start,
-            size: VmSize { vcpus: 1, memory_mb: 512 },
-            uid: UID,
-        },
-    });
-    Sandbox::unconfigured(dir, boundary, |spawn| {
+    Sandbox::unconfigured(dir, boundary(dir, start), |spawn| {
         spawn.fd(tap(), fd::TAP);
         if let Some(ram) = ram {
             spawn.fd(ram, fd::TEMPLATE_RAM);

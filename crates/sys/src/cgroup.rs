@@ -24,7 +24,7 @@ const ADMISSIONS: usize = 16;
 pub struct Limits {
     /// As v1 counts them, 2 to 262144.
     pub cpu_shares: u64,
-    /// Microseconds per period.
+    /// Microseconds per period; negative: explicitly none.
     pub cpu_quota: i64,
     /// Microseconds; 0: the kernel's default.
     pub cpu_period: u64,
@@ -151,6 +151,20 @@ impl Cgroup {
             doors.push(door.into());
         }
         Ok((doors, unset))
+    }
+
+    /// Puts other limits in force. Returns those that this host cannot set, with the reason.
+    pub fn update(&self, limits: &Limits) -> Vec<String> {
+        // None may have to replace one.
+        let cpu_quota = if limits.cpu_quota == 0 { -1 } else { limits.cpu_quota };
+        let limits = Limits { cpu_quota, ..limits.clone() };
+        let mut unset = Vec::new();
+        if self.hierarchies.limits_in_v2() {
+            self.limit_v2(&limits, &mut unset);
+        } else {
+            self.limit_v1(&limits, &mut unset);
+        }
+        unset
     }
 
     /// Moves every process of `from` here, through the doors that [`Cgroup::create`] has opened.
@@ -373,9 +387,13 @@ impl Cgroup {
         let folder = folder.join(&self.name);
         let period = if limits.cpu_period > 0 { limits.cpu_period } else { 100_000 };
         let weight = weight(limits.cpu_shares);
+        let quota = match limits.cpu_quota {
+            quota if quota < 0 => "max".to_owned(),
+            quota => quota.to_string(),
+        };
         let files = [
             ("cpu.weight", limits.cpu_shares > 0, weight.to_string()),
-            ("cpu.max", limits.cpu_quota > 0, format!("{} {period}", limits.cpu_quota)),
+            ("cpu.max", limits.cpu_quota != 0, format!("{quota} {period}")),
             ("memory.max", limits.memory_max > 0, limits.memory_max.to_string()),
             ("cpuset.cpus", !limits.cpuset_cpus.is_empty(), limits.cpuset_cpus.clone()),
             ("cpuset.mems", !limits.cpuset_mems.is_empty(), limits.cpuset_mems.clone()),
@@ -391,7 +409,7 @@ impl Cgroup {
         let files = [
             ("cpu", "cpu.shares", limits.cpu_shares > 0, limits.cpu_shares.to_string()),
             ("cpu", "cpu.cfs_period_us", limits.cpu_period > 0, limits.cpu_period.to_string()),
-            ("cpu", "cpu.cfs_quota_us", limits.cpu_quota > 0, limits.cpu_quota.to_string()),
+            ("cpu", "cpu.cfs_quota_us", limits.cpu_quota != 0, limits.cpu_quota.to_string()),
             (
                 "memory",
                 "memory.limit_in_bytes",
@@ -436,6 +454,27 @@ impl Cgroup {
             set(&folder.join("cpuset.mems"), &limits.cpuset_mems, unset);
         }
     }
+}
+
+/// How many processes of the caller's own cgroup the kernel has killed for want of memory; those of
+/// cgroups below it do not count. 0 as well where that is not told.
+pub fn own_oom_kills() -> u64 {
+    let Ok(hierarchies) = Hierarchies::find() else { return 0 };
+    let Ok(own) = fs::read_to_string("/proc/self/cgroup") else { return 0 };
+    // Number, controllers and path; no controllers: cgroup v2.
+    let place = |named: &str| {
+        own.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            controllers.split(',').any(|one| one == named).then(|| path.trim_start_matches('/'))
+        })
+    };
+    let file = match (hierarchies.v1("memory"), &hierarchies.v2) {
+        (Some(point), _) => place("memory").map(|path| point.join(path).join("memory.oom_control")),
+        (None, Some(point)) => place("").map(|path| point.join(path).join("memory.events.local")),
+        (None, None) => None,
+    };
+    let text = file.and_then(|file| fs::read_to_string(file).ok()).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or(0)
 }
 
 /// `a-b.slice` lies in `a.slice`.

@@ -60,6 +60,8 @@ pub struct MicrovmConfig {
     pub disk: PathBuf,
     /// Size in bytes of a disk that is not a template's.
     pub disk_bytes: u64,
+    /// The most memory the machine may ever have, in MiB.
+    pub most_memory_mb: u32,
     /// The virtual machine.
     pub vm: VmConfig,
 }
@@ -206,6 +208,9 @@ pub struct ContainerRecord {
     pub gid: u32,
     /// All further groups.
     pub groups: Vec<u32>,
+    /// What ended the boundary, when the container ended with it.
+    #[serde(default)]
+    pub end_reason: String,
 }
 
 /// Where a container stands.
@@ -231,4 +236,7 @@ pub struct ContainerExit {
     pub exited_at: i64,
     /// The kernel killed it for lack of memory.
     pub oom_killed: bool,
+    /// Why it ended, beyond what the code says: a number of agent.proto's ExitCause.
+    #[serde(default)]
+    pub cause: i32,
 }

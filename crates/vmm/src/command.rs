@@ -29,12 +29,18 @@ pub(crate) const STATE_URI: &str = "fd:19";
 
 /// The guest's kernel arguments. A panic ends the machine at once. Grace periods are expedited: a
 /// container's birth waits for several, and a guest has few processors to disturb.
-const KERNEL_ARGS: &str = "console=ttyS0 loglevel=4 panic=-1 reboot=t swiotlb=noforce random.trust_cpu=on rcupdate.rcu_expedited=1";
+const KERNEL_ARGS: &str = "console=ttyS0 loglevel=4 panic=-1 reboot=t swiotlb=noforce random.trust_cpu=on rcupdate.rcu_expedited=1 memory_hotplug.online_policy=auto-movable";
 /// And with each accelerator. A translator knows code by its address: where every process has its
 /// libraries elsewhere, it translates them anew for each. The flaws that are mitigated are of
-/// processors that execute the guest themselves. See docs/decisions/0009.
+/// processors that execute the guest themselves. See docs/decisions/0014.
 const KVM_ARGS: &str = "mitigations=auto";
 const TCG_ARGS: &str = "mitigations=off norandmaps";
+
+/// Addresses for memory that is plugged in later, in MiB; they cost nothing.
+pub(crate) const MEMORY_ROOM_MB: u32 = 256 << 10;
+
+/// The slot for what is plugged in later: a device in it from the start would cost every pod its time.
+pub(crate) const SLOT: &str = "plug";
 
 /// What QEMU is given besides its arguments.
 pub(crate) struct Wires {
@@ -91,7 +97,9 @@ fn machine(qemu: &mut Spawn, config: &VmConfig) {
         Accel::Tcg => args(qemu, &["-accel", "tcg,tb-size=128", "-cpu", "max,la57=off,erms=off"]),
     }
     args(qemu, &["-smp", &config.size.vcpus.to_string()]);
-    args(qemu, &["-m", &format!("{}M", config.size.memory_mb)]);
+    let memory_mb = config.size.memory_mb;
+    let most_mb = u64::from(memory_mb) + u64::from(MEMORY_ROOM_MB);
+    args(qemu, &["-m", &format!("{memory_mb}M,maxmem={most_mb}M")]);
 }
 
 fn memory_and_start(qemu: &mut Spawn, config: &VmConfig, origin: Origin) {
@@ -157,6 +165,7 @@ fn devices(qemu: &mut Spawn, wires: Wires) {
             "virtio-blk-pci,drive=disk",
         ],
     );
+    args(qemu, &["-device", &format!("pcie-root-port,id={SLOT},chassis=1,slot=1")]);
     args(qemu, &["-device", "vmgenid,guid=auto"]);
     args(qemu, &["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]);
 }

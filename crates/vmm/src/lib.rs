@@ -24,10 +24,12 @@ mod command;
 mod console;
 pub mod disk;
 mod error;
+mod hardware;
 mod qmp;
 pub mod template;
 mod vm;
 
 pub use console::Console;
 pub use error::{Stage, VmmError, last_words};
+pub use hardware::{DiskAccess, Hardware, MoreMemory};
 pub use vm::{HELLO, Vm, VmExit, VmParts, VmStreams, wait_hello};

@@ -65,7 +65,24 @@ impl Qmp {
     /// # Errors
     /// The socket's, or `Other` with QEMU's own words.
     pub async fn give_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let line = format!("{}\n", json!({ "execute": "getfd", "arguments": { "fdname": name } }));
+        self.execute_with_fd("getfd", json!({ "fdname": name }), fd).await
+    }
+
+    /// Hands QEMU a descriptor, which it then finds as `/dev/fdset/SET`.
+    ///
+    /// # Errors
+    /// The socket's, or `Other` with QEMU's own words.
+    pub async fn add_fd(&mut self, set: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.execute_with_fd("add-fd", json!({ "fdset-id": set }), fd).await
+    }
+
+    async fn execute_with_fd(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         let stream: &UnixStream = self.writer.as_ref();
         loop {
             stream.writable().await?;
@@ -76,7 +93,7 @@ impl Qmp {
                 Err(err) => return Err(err),
             }
         }
-        self.answer("getfd").await?;
+        self.answer(command).await?;
         Ok(())
     }
 
@@ -109,6 +126,24 @@ impl Qmp {
                 _ => {}
             }
         }
+    }
+
+    /// Waits until a device is gone.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn device_deleted(&mut self, device: &str) -> io::Result<()> {
+        loop {
+            let event = self.event().await?;
+            if event.event == "DEVICE_DELETED" && event.data["device"] == device {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Forgets what was said unasked: nobody waits for it.
+    pub fn drop_events(&mut self) {
+        self.events.clear();
     }
 
     async fn event(&mut self) -> io::Result<Event> {

@@ -28,7 +28,7 @@ use std::{
 };
 
 /// Part of a template's key: what this file and the command line mean.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// The device state.
 pub const STATE_FILE: &str = "state";
 /// The guest's memory, sparse.
@@ -153,7 +153,7 @@ where
         Ok(init) => init,
         Err((stage, err)) => return Err(vm.failed(stage, err).await),
     };
-    if let Err(err) = save(&mut vm, &state).await {
+    if let Err(err) = save(&vm, &state).await {
         return Err(vm.failed(Stage::Save, err).await);
     }
     vm.kill().await;
@@ -208,12 +208,13 @@ impl FromIo for Failed {
     }
 }
 
-async fn save(vm: &mut Vm, state: &File) -> io::Result<()> {
-    vm::skip_shared_memory(&mut vm.qmp).await?;
-    vm.qmp.execute("stop", serde_json::json!({})).await?;
-    vm.qmp.give_fd(STATE_FILE, state.as_fd()).await?;
-    vm.qmp.execute("migrate", serde_json::json!({ "uri": format!("fd:{STATE_FILE}") })).await?;
-    vm.qmp.migration_ended().await
+async fn save(vm: &Vm, state: &File) -> io::Result<()> {
+    let mut qmp = vm.qmp.lock().await;
+    vm::skip_shared_memory(&mut qmp).await?;
+    qmp.execute("stop", serde_json::json!({})).await?;
+    qmp.give_fd(STATE_FILE, state.as_fd()).await?;
+    qmp.execute("migrate", serde_json::json!({ "uri": format!("fd:{STATE_FILE}") })).await?;
+    qmp.migration_ended().await
 }
 
 /// A template whose memory is loaded.

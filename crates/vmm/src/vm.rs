@@ -4,6 +4,7 @@ use crate::{
     command::{self, Origin, Wires},
     console::Console,
     error::{Stage, VmmError, at},
+    hardware::Hardware,
     qmp::Qmp,
 };
 use a3s_box_sys::{pidfd, watch::watch};
@@ -17,9 +18,13 @@ use std::{
     },
     path::PathBuf,
     process::{Child, ExitStatus},
+    sync::Arc,
     time::Duration,
 };
-use tokio::io::{AsyncReadExt, unix::AsyncFd};
+use tokio::{
+    io::{AsyncReadExt, unix::AsyncFd},
+    sync::Mutex,
+};
 
 /// The first bytes the agent says on its port.
 pub const HELLO: &[u8; 8] = b"A3SBOX1\n";
@@ -65,7 +70,8 @@ pub struct Vm {
     console: Console,
     console_reader: Option<tokio::task::JoinHandle<()>>,
     console_file: PathBuf,
-    pub(crate) qmp: Qmp,
+    /// Shared with whoever changes the machine while it runs.
+    pub(crate) qmp: Arc<Mutex<Qmp>>,
     exit: Option<VmExit>,
 }
 
@@ -87,7 +93,7 @@ impl Vm {
             },
         };
         let is_clone = matches!(parts.config.start, Start::Clone { .. });
-        let (mut vm, streams) =
+        let (vm, streams) =
             Self::spawn(&parts.config, origin, parts.disk, parts.tap, parts.console_file).await?;
         if is_clone && let Err(err) = vm.load().await {
             return Err(vm.failed(Stage::Load, err).await);
@@ -145,7 +151,7 @@ impl Vm {
             console,
             console_reader: Some(reader),
             console_file,
-            qmp,
+            qmp: Arc::new(Mutex::new(qmp)),
             exit: None,
         };
         Ok((vm, VmStreams { agent, volumes }))
@@ -164,6 +170,12 @@ impl Vm {
     /// A handle on the console that outlives the borrow.
     pub fn console(&self) -> Console {
         self.console.clone()
+    }
+
+    /// A handle that changes the machine while it runs; it outlives the borrow. `room_mb`: how much
+    /// memory may ever be added.
+    pub fn hardware(&self, room_mb: u32) -> Hardware {
+        Hardware::new(self.qmp.clone(), room_mb)
     }
 
     /// Waits for the machine's end; saves the console's tail. Cancel safe.
@@ -212,13 +224,12 @@ impl Vm {
     }
 
     /// Fills a clone with its template's state and lets it run.
-    async fn load(&mut self) -> io::Result<()> {
-        skip_shared_memory(&mut self.qmp).await?;
-        self.qmp
-            .execute("migrate-incoming", serde_json::json!({ "uri": command::STATE_URI }))
-            .await?;
-        self.qmp.migration_ended().await?;
-        self.qmp.execute("cont", serde_json::json!({})).await?;
+    async fn load(&self) -> io::Result<()> {
+        let mut qmp = self.qmp.lock().await;
+        skip_shared_memory(&mut qmp).await?;
+        qmp.execute("migrate-incoming", serde_json::json!({ "uri": command::STATE_URI })).await?;
+        qmp.migration_ended().await?;
+        qmp.execute("cont", serde_json::json!({})).await?;
         Ok(())
     }
 }

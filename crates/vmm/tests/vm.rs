@@ -3,7 +3,7 @@
 
 use a3s_box_types::shim::{Accel, Start, VmConfig, VmSize};
 use a3s_box_vmm::{
-    Stage, Vm, VmParts, VmStreams, disk,
+    MoreMemory, Stage, Vm, VmParts, VmStreams, disk,
     template::{self, Template, TemplateConfig},
     wait_hello,
 };
@@ -162,6 +162,40 @@ async fn clones_of_one_template_live_side_by_side_and_draw_different_random_numb
     assert_eq!(a[0], b'x', "one clone's end touched another");
     second.kill().await;
     assert_eq!(digest(&template), before, "a clone wrote into its template");
+}
+
+#[tokio::test]
+async fn a_clone_is_given_memory_and_gives_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = built_template(dir.path()).await;
+    let before = digest(&template);
+    let (mut vm, mut agent) = clone_of(&template, dir.path(), "a").await;
+    let hardware = vm.hardware(1024);
+    assert_eq!(hardware.more_memory().await.unwrap(), MoreMemory::default());
+    assert_eq!(hardware.ask_for_memory(0).await.unwrap(), MoreMemory::default());
+    let start = memory(&mut agent).await;
+    // Not a multiple of what the guest takes at once.
+    for (asked, has) in [(511, 512), (1024, 1024), (256, 256), (0, 0)] {
+        hardware.ask_for_memory(asked).await.unwrap();
+        while hardware.more_memory().await.unwrap().there_mb != has {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // The guest puts it to use after it has taken it.
+        while memory(&mut agent).await.abs_diff(start + (u64::from(has) << 20)) > 1 << 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    let error = hardware.ask_for_memory(2048).await.unwrap_err().to_string();
+    assert!(error.contains("the 1024 MiB to add"), "{error}");
+    assert_eq!(hardware.more_memory().await.unwrap(), MoreMemory::default());
+    vm.kill().await;
+    assert_eq!(digest(&template), before, "a clone's new memory is its template's");
+}
+
+async fn memory(agent: &mut UnixStream) -> u64 {
+    let mut size = [0; 8];
+    ask(agent, b'm', &mut size).await;
+    u64::from_le_bytes(size)
 }
 
 #[tokio::test]

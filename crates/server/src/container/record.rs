@@ -2,7 +2,7 @@
 
 use super::spec::ContainerSpec;
 use crate::sandbox::SandboxError;
-use a3s_box_api::shim::v1 as shim;
+use a3s_box_api::{agent::v1::ExitCause, shim::v1 as shim};
 use a3s_box_store::Store;
 use a3s_box_types::{ContainerId, SandboxId};
 use serde::{Deserialize, Serialize};
@@ -124,19 +124,34 @@ impl Exit {
         }
     }
 
-    fn from_shim(state: &shim::ContainerState, started_at: i64) -> Self {
+    fn from_shim(state: &shim::ContainerState, started_at: i64, memory_limit: i64) -> Self {
         let exit = state.exit.unwrap_or_default();
         let reason = match (exit.oom_killed, exit.code) {
             (true, _) => "OOMKilled",
             (false, 0) => "Completed",
             (false, _) => "Error",
         };
+        let message = match exit.cause() {
+            ExitCause::Process => String::new(),
+            ExitCause::ContainerLimit => {
+                format!("killed at the container's memory limit of {memory_limit} bytes")
+            }
+            ExitCause::PodLimit => {
+                "killed at the pod's memory limit, which its containers share".to_owned()
+            }
+            ExitCause::KernelMemory => {
+                "killed below the container's memory limit: the kernel that \
+                it runs on had no memory left"
+                    .to_owned()
+            }
+            ExitCause::Boundary | ExitCause::BoundaryMemory => state.end_reason.clone(),
+        };
         Self {
             started_at: if state.started_at > 0 { state.started_at } else { started_at },
             finished_at: exit.exited_at,
             code: exit.code,
             reason: reason.to_owned(),
-            message: String::new(),
+            message,
         }
     }
 }
@@ -201,7 +216,8 @@ impl ContainerRecord {
             (Phase::Creating, Told::Created) => Phase::Created,
             (Phase::Creating | Phase::Created, Told::Running) => Phase::Running { started_at },
             (Phase::Creating | Phase::Created | Phase::Running { .. }, Told::Exited) => {
-                Phase::Exited(Exit::from_shim(state, self.started_at()))
+                let limit = self.spec.resources.memory_limit;
+                Phase::Exited(Exit::from_shim(state, self.started_at(), limit))
             }
             (kept, _) => kept,
         };
@@ -249,7 +265,7 @@ pub(crate) mod tests {
         shim::ContainerState {
             phase: phase.into(),
             started_at: 5,
-            exit: Some(agent::Exit { code, exited_at: 9, oom_killed, signal: 0 }),
+            exit: Some(agent::Exit { code, exited_at: 9, oom_killed, ..Default::default() }),
             ..Default::default()
         }
     }
@@ -267,6 +283,27 @@ pub(crate) mod tests {
             let exit = container.exit().unwrap();
             assert_eq!((exit.reason.as_str(), exit.code), (reason, code));
             assert_eq!((exit.started_at, exit.finished_at), (5, 9));
+        }
+    }
+
+    #[test]
+    fn what_killed_a_container_for_memory_is_told_apart() {
+        for (cause, reason, word) in [
+            (ExitCause::ContainerLimit, "OOMKilled", "container's memory limit of 4096 bytes"),
+            (ExitCause::PodLimit, "OOMKilled", "the pod's memory limit"),
+            (ExitCause::KernelMemory, "OOMKilled", "had no memory left"),
+            (ExitCause::BoundaryMemory, "OOMKilled", "QEMU is gone"),
+            (ExitCause::Boundary, "Error", "QEMU is gone"),
+        ] {
+            let mut container = record(Phase::Running { started_at: 5 });
+            container.spec.resources.memory_limit = 4096;
+            let mut told = told(Told::Exited, 137, reason == "OOMKilled");
+            told.end_reason = "QEMU is gone".to_owned();
+            told.exit.as_mut().unwrap().set_cause(cause);
+            container.take_over(&told);
+            let exit = container.exit().unwrap();
+            assert_eq!(exit.reason, reason, "{cause:?}");
+            assert!(exit.message.contains(word), "{cause:?}: {}", exit.message);
         }
     }
 

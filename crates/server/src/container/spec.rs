@@ -24,7 +24,7 @@ pub struct ContainerSpec {
     pub env: Vec<(String, String)>,
     /// In the caller's order.
     pub mounts: Vec<MountSpec>,
-    /// Of the node; only on its own kernel.
+    /// Of the node; a guest has its block devices as disks.
     #[serde(default)]
     pub devices: Vec<DeviceSpec>,
     /// Selected on by lists.

@@ -4,7 +4,9 @@
 use super::{
     HappeningKind, NewContainer, Reply, SandboxError, blocking,
     driver::{Driver, answer, tell},
-    now, state_name,
+    now,
+    resize::Resizing,
+    state_name,
 };
 use crate::{
     container::{ContainerRecord, Exit, Phase, spec::Resources},
@@ -25,6 +27,7 @@ pub(super) struct Jobs {
     creating: HashMap<ContainerId, Vec<Reply<ContainerId>>>,
     starting: HashMap<ContainerId, Vec<Reply>>,
     removing: HashMap<ContainerId, Vec<Reply>>,
+    pub(super) resizing: Option<Resizing>,
 }
 
 /// An order that has its answer.
@@ -35,6 +38,8 @@ pub(super) enum Done {
     Started(ContainerId, Result<shim::ContainerState, SandboxError>),
     /// RemoveContainer.
     Removed(ContainerId, Result<(), SandboxError>),
+    /// Resize.
+    Resized(Result<(), SandboxError>),
 }
 
 /// A failed creation.
@@ -61,7 +66,7 @@ impl Jobs {
             || self.removing.contains_key(id)
     }
 
-    fn run(&mut self, work: impl Future<Output = Done> + Send + 'static) {
+    pub(super) fn run(&mut self, work: impl Future<Output = Done> + Send + 'static) {
         self.tasks.spawn(work.in_current_span());
     }
 }
@@ -101,7 +106,7 @@ impl Driver {
         })
     }
 
-    fn needs_ready(&self) -> Result<(), SandboxError> {
+    pub(super) fn needs_ready(&self) -> Result<(), SandboxError> {
         if self.boundary_exists() && self.unclear.is_none() && self.settled {
             return Ok(());
         }
@@ -226,6 +231,7 @@ impl Driver {
             Done::Created(id, result) => self.container_created(&id, result).await,
             Done::Started(id, result) => self.container_started(&id, result).await,
             Done::Removed(id, result) => self.container_removed(&id, result).await,
+            Done::Resized(result) => self.resized(result).await,
         }
         ControlFlow::Continue(())
     }

@@ -171,6 +171,7 @@ impl Driver {
             Request::CreateContainer(new, reply) => self.create_container(*new, reply).await,
             Request::StartContainer(id, reply) => self.start_container(&id, reply),
             Request::RemoveContainer(id, reply) => self.remove_container(&id, reply).await,
+            Request::Resize(to, reply) => self.resize(*to, reply).await,
             Request::SaveResources(id, resources, reply) => {
                 self.save_resources(&id, *resources, reply).await
             }
@@ -275,6 +276,9 @@ impl Driver {
             Note::State(state) => {
                 self.unclear = None;
                 self.reconcile(&state).await;
+                if !self.settled {
+                    self.resume_resize(&state);
+                }
                 self.settled = true;
                 self.publish();
             }

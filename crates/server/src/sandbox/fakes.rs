@@ -277,6 +277,10 @@ impl Shims for FakeHost {
         self.step("move in").await
     }
 
+    async fn limit(&self, _: &SandboxId, _: &SandboxSpec) -> Result<(), SandboxError> {
+        self.step("limit").await
+    }
+
     fn client(&self, id: &SandboxId) -> ShimClient {
         ShimClient::new(self.socket(id))
     }
@@ -338,8 +342,7 @@ impl ShimState {
     pub(crate) fn exit(&self, id: &str, code: i32) {
         let Some(state) = self.containers.lock().unwrap().get_mut(id).map(|container| {
             container.set_phase(Phase::Exited);
-            container.exit =
-                Some(agent::Exit { code, exited_at: 99, signal: 0, oom_killed: false });
+            container.exit = Some(agent::Exit { code, exited_at: 99, ..Default::default() });
             container.clone()
         }) else {
             return;
@@ -528,6 +531,11 @@ impl shim_server::Shim for Answers {
         let past = tokio_stream::iter(exited).map(|kind| Ok(shim::Event { kind: Some(kind) }));
         let live = live.map(|event| event.map_err(|_| Status::data_loss("too slow")));
         Ok(Response::new(Box::pin(past.chain(live))))
+    }
+
+    async fn resize(&self, request: Request<shim::ResizeRequest>) -> Answer<shim::ResizeResponse> {
+        self.0.check("resize").await?;
+        Ok(Response::new(shim::ResizeResponse { memory_mb: request.get_ref().memory_mb }))
     }
 
     async fn shutdown(&self, _: Request<shim::ShutdownRequest>) -> Answer<shim::ShutdownResponse> {

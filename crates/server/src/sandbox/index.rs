@@ -72,6 +72,7 @@ impl Sandboxes {
             network: None,
             boundary: None,
             end_reason: None,
+            resized: None,
         };
         Ok(self.insert(&mut index, record, BTreeMap::new(), None, Beginning::Create(origin)))
     }

@@ -28,6 +28,7 @@ pub mod network;
 pub mod record;
 mod recovery;
 pub mod rehearsal;
+pub mod resize;
 pub mod shim_process;
 pub mod shims;
 pub mod spares;
@@ -53,6 +54,7 @@ use a3s_box_api::shim::v1 as shim;
 use a3s_box_store::Store;
 use a3s_box_types::{ContainerId, SandboxId, sandbox::SandboxState};
 use record::Record;
+use resize::Resized;
 use spares::Spares;
 use std::{
     collections::BTreeMap,
@@ -95,6 +97,8 @@ pub(crate) enum Request {
     StartContainer(ContainerId, Reply),
     /// Kill and forget one.
     RemoveContainer(ContainerId, Reply),
+    /// Give it another size.
+    Resize(Box<Resized>, Reply),
     /// Save limits that are in force.
     SaveResources(ContainerId, Box<Resources>, Reply),
 }
@@ -253,6 +257,14 @@ impl Sandbox {
     pub async fn remove_container(&self, id: &ContainerId) -> Result<(), Arc<SandboxError>> {
         let answer = self.ask(|reply| Request::RemoveContainer(id.clone(), reply)).await;
         answer.unwrap_or_else(|| self.gone())
+    }
+
+    /// Gives it another size.
+    pub async fn resize(&self, to: Resized) -> Result<(), Arc<SandboxError>> {
+        let to = Box::new(to);
+        let id = self.view().record.id.clone();
+        let answer = self.ask(|reply| Request::Resize(to, reply)).await;
+        answer.unwrap_or_else(|| Err(Arc::new(SandboxError::no_sandbox(id.as_str()))))
     }
 
     /// Saves limits that the shim has put in force.

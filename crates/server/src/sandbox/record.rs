@@ -1,6 +1,6 @@
 //! The sandbox's record: what a restarted server knows of it.
 
-use super::{SandboxError, spec::SandboxSpec};
+use super::{SandboxError, resize::Resized, spec::SandboxSpec};
 use a3s_box_store::Store;
 use a3s_box_types::{SandboxId, sandbox::SandboxState};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,9 @@ pub struct Record {
     pub boundary: Option<BoundaryStatus>,
     /// Why it is not ready any more, when nobody asked for that.
     pub end_reason: Option<String>,
+    /// What it was given since; stronger than the spec.
+    #[serde(default)]
+    pub resized: Option<Resized>,
 }
 
 /// The addresses CNI gave to the pod.

@@ -187,5 +187,6 @@ fn placeholder(id: &SandboxId, boot_id: &str) -> Record {
         network: None,
         boundary: None,
         end_reason: Some("its record was lost".to_owned()),
+        resized: None,
     }
 }

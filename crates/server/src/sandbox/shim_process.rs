@@ -110,6 +110,8 @@ pub struct Places {
     pub uid_base: u32,
     /// How many there are.
     pub uid_count: u32,
+    /// The most memory a machine may ever have, in MiB.
+    pub most_memory_mb: u32,
     /// For the shim's socket to listen.
     pub start_timeout: Duration,
 }
@@ -171,8 +173,13 @@ impl ShimProcesses {
                     size: spec.size,
                     uid: uid(id, self.places.uid_base, self.places.uid_count),
                 };
-                let (disk, disk_bytes) = (self.disk(id), order.disk_bytes);
-                Ok((BoundaryConfig::Microvm(MicrovmConfig { disk, disk_bytes, vm }), fds))
+                let order = MicrovmConfig {
+                    disk: self.disk(id),
+                    disk_bytes: order.disk_bytes,
+                    most_memory_mb: self.places.most_memory_mb,
+                    vm,
+                };
+                Ok((BoundaryConfig::Microvm(order), fds))
             }
             (Boundary::Host, Link::Node) => Ok((self.host(id, spec, false), Vec::new())),
             (Boundary::Host, Link::Namespace(netns)) => {
@@ -414,6 +421,18 @@ impl Shims for ShimProcesses {
         state.clone_failed
     }
 
+    async fn limit(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), SandboxError> {
+        let (cgroups, limits) = (self.cgroups(id)?, limits(spec));
+        blocking("limit the pod's cgroup on the host", move || {
+            let unset: Vec<_> = cgroups.iter().flat_map(|cgroup| cgroup.update(&limits)).collect();
+            if !unset.is_empty() {
+                warn!(limits = unset.join("; "), "the pod's host cgroup is not limited as asked");
+            }
+            Ok(())
+        })
+        .await
+    }
+
     fn client(&self, id: &SandboxId) -> ShimClient {
         ShimClient::new(self.folder(id).join(SOCKET_FILE))
     }
@@ -607,11 +626,13 @@ fn to_state(record: ContainerRecord) -> shim::ContainerState {
             signal: exit.signal,
             exited_at: exit.exited_at,
             oom_killed: exit.oom_killed,
+            cause: exit.cause,
         }),
         guest_pid: record.guest_pid,
         uid: record.uid,
         gid: record.gid,
         groups: record.groups,
+        end_reason: record.end_reason,
     }
 }
 
@@ -671,6 +692,7 @@ mod tests {
             root: folder.join("root"),
             uid_base: 100_000,
             uid_count: 1000,
+            most_memory_mb: 1024,
             start_timeout: Duration::from_secs(10),
         };
         ShimProcesses::new(places, Arc::new(OneTemplate)).unwrap()

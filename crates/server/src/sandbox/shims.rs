@@ -32,6 +32,8 @@ pub trait Shims: Send + Sync {
     /// Whether its boundary never came to life because a template was of no use; the next one of its size
     /// is then made without.
     async fn clone_failed(&self, id: &SandboxId, spec: &SandboxSpec) -> bool;
+    /// Gives a running shim other limits on the host, those of the spec.
+    async fn limit(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), SandboxError>;
     /// Its socket's client; there need not be a shim.
     fn client(&self, id: &SandboxId) -> ShimClient;
     /// Whether a process of the boundary exists. An error means: could not tell.

@@ -65,6 +65,7 @@ pub(crate) fn view<const N: usize>(name: &str, labels: [(&str, &str); N]) -> Vie
             network: None,
             boundary: None,
             end_reason: None,
+            resized: None,
         },
         containers: BTreeMap::new(),
         unclear: None,
@@ -361,7 +362,7 @@ async fn a_restarted_server_finds_the_same_containers_and_the_exit_in_between() 
         .unwrap()
         .set_phase(shim::container_state::Phase::Exited);
     host.shim(&id).containers.lock().unwrap().get_mut(ends.as_str()).unwrap().exit =
-        Some(agent::Exit { code: 7, exited_at: 123, signal: 0, oom_killed: false });
+        Some(agent::Exit { code: 7, exited_at: 123, ..Default::default() });
     let next = recovered(&host).await;
     let view = next.only().view();
     assert!(view.ready() && view.settled);

@@ -34,6 +34,7 @@ pub fn layer(dir: &Path) -> PathBuf {
     for applet in [
         "sh", "echo", "cat", "sleep", "uname", "id", "stat", "touch", "mount", "umount", "ip",
         "nc", "ping", "grep", "ls", "mkdir", "hostname", "tty", "chown", "test", "kill", "mknod",
+        "dd", "cmp",
     ] {
         fs::hard_link(root.join("bin/busybox"), root.join("bin").join(applet)).unwrap();
     }

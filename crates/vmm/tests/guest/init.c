@@ -1,6 +1,6 @@
 /* The smallest guest that follows the hello protocol: loads its modules, says hello on the port
- * `agent`, then answers `r` with 16 random bytes, `d` with the size of its disk, anything else with
- * itself. */
+ * `agent`, then answers `r` with 16 random bytes, `d` with the size of its disk, `m` with that of its
+ * memory, anything else with itself. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -11,6 +11,7 @@
 #include <sys/mount.h>
 #include <sys/random.h>
 #include <sys/syscall.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #define BLKGETSIZE64 0x80081272
@@ -59,6 +60,13 @@ static void answer(int port, char request)
 		ioctl(open("/dev/vda", O_RDONLY), BLKGETSIZE64, &size);
 		write(port, &size, sizeof size);
 		break;
+	case 'm': {
+		struct sysinfo info;
+		sysinfo(&info);
+		size = (unsigned long long)info.totalram * info.mem_unit;
+		write(port, &size, sizeof size);
+		break;
+	}
 	default:
 		write(port, &request, 1);
 	}
