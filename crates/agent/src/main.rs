@@ -172,7 +172,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, Error> {
 /// Sessions take up to ten descriptors each. Containers inherit the limit: it is what they have with
 /// other runtimes.
 fn raise_open_files(most: Option<u64>) -> Result<(), Error> {
-    let most = most.or(getrlimit(Resource::Nofile).maximum);
+    let most = most.or_else(|| getrlimit(Resource::Nofile).maximum);
     setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).step("limit of open files")
 }
 

@@ -51,17 +51,14 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let options = fields.next()?;
     let has = |wanted: &[u8]| options.split(|byte| *byte == b',').any(|option| option == wanted);
     // Any number of these, then a dash.
-    let shared = fields
-        .by_ref()
-        .take_while(|field| field != b"-")
-        .fold(false, |shared, field| shared || field.starts_with(b"shared:"));
+    let optional: Vec<_> = fields.by_ref().take_while(|field| field != b"-").collect();
     Some(Mount {
         id,
         parent,
         point: OsString::from_vec(point).into(),
         read_only: has(b"ro"),
         no_exec: has(b"noexec"),
-        shared,
+        shared: optional.iter().any(|field| field.starts_with(b"shared:")),
         kind: text(fields.next()?),
         source: text(fields.next()?),
     })

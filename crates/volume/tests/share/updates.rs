@@ -103,7 +103,8 @@ fn every_read_under_updates_is_whole_and_of_one_version() -> Result<()> {
         }
         over.store(true, Ordering::Relaxed);
         for reader in readers {
-            result = result.and(reader.join().unwrap_or_else(|_| bail!("a reader panicked")));
+            let read = reader.join().unwrap_or_else(|_| bail!("a reader panicked"));
+            result = result.and(read);
         }
         result
     })?;
