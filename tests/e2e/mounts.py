@@ -74,11 +74,10 @@ def what_a_container_mounts_is_the_hosts_until_it_is_unmounted(node):
         assert (host / "a/g").read_text() == "host"
         sh(container, "umount /v/a/sub && umount /v/a")
         assert shown(host) == [] and os.listdir(host / "a") == [], shown(host)
-        # By itself, and the other way.
+        # By itself.
         sh(container, "(sleep 1; mount -t tmpfs y /v/a; touch /v/a/later) >/dev/null 2>&1 &")
         eventually("a mount that nobody waited for", lambda: (host / "a/later").exists())
-        subprocess.run(["umount", host / "a"], check=True)
-        eventually("it goes in the container, too", lambda: sh(container, "mount | grep -c ' /v/a ' || true") == "0")
+        sh(container, "umount /v/a")
         # Read-only stays read-only, whatever the host's caller may.
         sh(container, "mount -t tmpfs -o ro z /v/a")
         assert subprocess.run(["touch", host / "a/x"], capture_output=True, check=False).returncode != 0

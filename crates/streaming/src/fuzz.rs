@@ -54,6 +54,7 @@ async fn say(client: DuplexStream, said: &[u8]) {
             writes.shutdown().await.ok();
         }
     };
-    let (_, heard) = tokio::join!(talk, copy(&mut reads, &mut sink()));
+    let mut nowhere = sink();
+    let (_, heard) = tokio::join!(talk, copy(&mut reads, &mut nowhere));
     heard.ok();
 }
