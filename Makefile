@@ -22,7 +22,7 @@ deps: ## Debian packages that are missing
 	scripts/deps.sh $(PACKAGES)
 
 test: build ## every test; as root
-	cargo test --workspace --locked
+	cargo test --workspace --locked --features a3s-box-cri/failpoints,a3s-box-shim/failpoints
 	tests/e2e/run
 	tests/crash/run
 	tests/streaming/run

@@ -30,7 +30,7 @@ async fn a_program_runs_and_its_output_and_exit_are_told() {
 async fn init_waits_for_start_and_a_signal_ends_it_with_its_number() {
     let mut sandbox = Sandbox::start().await;
     let mark = sandbox.volume("mark");
-    let wanted = shell(1, "touch /mark/ran; trap 'exit 3' TERM; while :; do sleep 0.05; done");
+    let wanted = shell(1, "trap 'exit 3' TERM; touch /mark/ran; while :; do sleep 0.05; done");
     let created = sandbox.create(wanted.bind(&mark, "/mark", &["rbind"])).await.unwrap();
     assert!(created.guest_pid > 1);
     tokio::time::sleep(Duration::from_millis(50)).await;

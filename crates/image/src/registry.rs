@@ -328,7 +328,13 @@ impl Endpoint {
         if response.status().is_success() {
             return Ok(response);
         }
-        Err(self.refused(response).await)
+        let credentials_refused = response.status() == StatusCode::UNAUTHORIZED
+            && self.credentials != Credentials::Anonymous;
+        let mut failure = self.refused(response).await;
+        if credentials_refused {
+            failure.why = format!("refuses the credentials: {}", failure.why);
+        }
+        Err(failure)
     }
 
     /// One request and its redirects. Credentials and configured headers stay with the host they are for.

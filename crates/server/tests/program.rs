@@ -189,9 +189,9 @@ async fn what_is_not_there_says_so_by_name_and_what_is_unknown_is_gone_already()
     let refused = runtime.checkpoint_container(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unimplemented);
     assert!(refused.message().starts_with("CheckpointContainer "), "{refused}");
-    let request = cri::StreamPodSandboxMetricsRequest::default();
-    let refused = runtime.stream_pod_sandbox_metrics(request).await.unwrap_err();
-    assert!(refused.message().starts_with("StreamPodSandboxMetrics "), "{refused}");
+    let request = cri::CheckpointPodRequest::default();
+    let refused = runtime.checkpoint_pod(request).await.unwrap_err();
+    assert!(refused.message().starts_with("CheckpointPod "), "{refused}");
 
     let unknown = "0".repeat(64);
     let request = cri::StopPodSandboxRequest { pod_sandbox_id: unknown.clone() };

@@ -1,6 +1,7 @@
 //! A registry on loopback that serves one image, and lies where a test tells it to.
 
 use a3s_box_image::{Digest, Images, Limits, Options};
+use futures::StreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::{
     Request, Response,
@@ -148,6 +149,9 @@ pub fn tar(number: usize) -> Vec<u8> {
         .collect();
     header.set_size(content.len() as u64);
     header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
     header.set_cksum();
     let mut tar = tar::Builder::new(Vec::new());
     tar.append_data(&mut header, number.to_string(), &*content).unwrap();
@@ -257,7 +261,14 @@ async fn answer(state: State, request: Request<Incoming>) -> Result<Response<Bod
             Err(std::io::Error::other("it breaks here")),
         ],
     };
-    let body: futures::stream::BoxStream<'static, _> = Box::pin(futures::stream::iter(frames));
+    let frames = futures::stream::iter(frames).then(|frame| async {
+        if frame.is_err() {
+            // What came before is sent while this waits.
+            tokio::task::yield_now().await;
+        }
+        frame
+    });
+    let body: futures::stream::BoxStream<'static, _> = Box::pin(frames);
     Ok(response.body(StreamBody::new(body)).unwrap())
 }
 
