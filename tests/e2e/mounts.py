@@ -219,7 +219,7 @@ def files_sockets_and_pipes_are_the_same_in_all_containers_of_a_pod(node):
     # The first one's end takes nothing from the second.
     crictl("rm", "-f", first)
     left = sh(second, "cat /v/file; timeout 2 /inside lock /v/file || true")
-    assert left.split() == ["changed", "locked"], left
+    assert left.split()[:2] == ["changed", "locked"], left
     node.remove(pod)
 
 
@@ -250,8 +250,8 @@ def a_path_of_the_host_may_be_anything_that_kubelet_prepares(node):
         assert "Read-only" in sh(container, "touch /ro/x", fails=True)
         sh(container, "touch /ro/below/x /new/x")
         assert "Read-only" in sh(container, "touch /rro/below/x", fails=True)
-        sh(container, "cp /bin/true /noexec/program; cp /bin/true /link/program2; /link/program2")
-        assert "denied" in sh(container, "/noexec/program", fails=True).lower()
+        sh(container, "cp /bin/busybox /noexec/busybox; cp /bin/busybox /link/busybox; /link/busybox true")
+        assert "denied" in sh(container, "/noexec/busybox true", fails=True).lower()
         assert node.state(container)["mounts"][-1]["mountOptions"] == ["noexec", "nodev", "nosuid"]
         assert sh(container, "df -k /dev/shm | tail -n 1").split()[1] == str(64 << 10)
         # Kubelet unmounts what it prepared when the container goes, not when the pod does.
