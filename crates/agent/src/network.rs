@@ -88,20 +88,23 @@ pub fn configure(network: &api::Network) -> Result<(), Error> {
     Ok(())
 }
 
-/// Takes addresses and routes away again that [`configure`] has given to the guest's interfaces.
+/// Takes away again what [`configure`] has given to the guest's interfaces, and what the kernel has added.
+/// They stay up: the driver of a card that is taken down while it still sends now and then waits for ever.
 pub fn give_back(network: &api::Network) -> Result<(), Error> {
     let mut netlink = Netlink::open().step("netlink")?;
     let links = netlink.links().step("list the interfaces")?;
     let cards = links.iter().filter(|link| !link.loopback);
     for (card, given) in cards.zip(&network.interfaces) {
-        for text in &given.addresses {
-            let what = format!("take address {text} from {}", given.name);
-            let (address, prefix) = cidr(text, &what)?;
-            netlink.take_address(card.index, address, prefix).step(what)?;
+        for neighbour in network.neighbours.iter().filter(|one| one.interface == given.name) {
+            let what = format!("take neighbour {} from {}", neighbour.address, given.name);
+            let address = address(&neighbour.address, &what)?;
+            netlink.take_neighbour(card.index, address).step(what)?;
         }
-        // Its routes go with it.
-        let what = format_args!("take down {}", given.name);
-        netlink.set_link(card.index, Vec::new(), false).step(what)?;
+        // Its routes go with the last address.
+        let what = format!("take the addresses from {}", given.name);
+        for address in netlink.addresses(card.index).step(&what)? {
+            netlink.take_address(address).step(&what)?;
+        }
     }
     Ok(())
 }
@@ -109,6 +112,7 @@ pub fn give_back(network: &api::Network) -> Result<(), Error> {
 struct Link {
     index: u32,
     loopback: bool,
+    up: bool,
     name: String,
 }
 
@@ -188,6 +192,7 @@ impl Netlink {
             links.push(Link {
                 index: link.header.index,
                 loopback: link.header.flags.contains(LinkFlags::Loopback),
+                up: link.header.flags.contains(LinkFlags::Up),
                 name: name.unwrap_or_default(),
             });
         }
@@ -217,8 +222,7 @@ impl Netlink {
         if wanted.mtu != 0 {
             attributes.push(LinkAttribute::Mtu(wanted.mtu));
         }
-        // A name can only be changed while the interface is down.
-        self.set_link(card.index, attributes, false).step(&what)?;
+        self.set_link(card.index, attributes, card.up).step(&what)?;
         for text in &wanted.addresses {
             let what = format!("address {text} of {}", wanted.name);
             let (address, prefix) = cidr(text, &what)?;
@@ -227,13 +231,29 @@ impl Netlink {
         self.set_link(card.index, Vec::new(), true).step(&what)
     }
 
-    fn take_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
-        let mut message = AddressMessage::default();
-        message.header.index = index;
-        message.header.prefix_len = prefix;
+    /// Those of one interface, whoever gave them.
+    fn addresses(&mut self, index: u32) -> io::Result<Vec<AddressMessage>> {
+        self.send(RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)?;
+        let ours = |answer| match answer {
+            RouteNetlinkMessage::NewAddress(address) if address.header.index == index => {
+                Some(address)
+            }
+            _ => None,
+        };
+        Ok(self.answers()?.into_iter().filter_map(ours).collect())
+    }
+
+    fn take_address(&mut self, address: AddressMessage) -> io::Result<()> {
+        self.send(RouteNetlinkMessage::DelAddress(address), NLM_F_ACK)?;
+        self.answers().map(drop)
+    }
+
+    fn take_neighbour(&mut self, index: u32, address: IpAddr) -> io::Result<()> {
+        let mut message = NeighbourMessage::default();
         message.header.family = family(address);
-        message.attributes = vec![AddressAttribute::Local(address)];
-        self.send(RouteNetlinkMessage::DelAddress(message), NLM_F_ACK)?;
+        message.header.ifindex = index;
+        message.attributes = vec![NeighbourAttribute::Destination(to_neighbour(address))];
+        self.send(RouteNetlinkMessage::DelNeighbour(message), NLM_F_ACK)?;
         self.answers().map(drop)
     }
 
@@ -268,12 +288,10 @@ impl Netlink {
         message.header.family = family(address);
         message.header.ifindex = index;
         message.header.state = NeighbourState::Permanent;
-        let to = match address {
-            IpAddr::V4(address) => NeighbourAddress::Inet(address),
-            IpAddr::V6(address) => NeighbourAddress::Inet6(address),
-        };
-        message.attributes =
-            vec![NeighbourAttribute::Destination(to), NeighbourAttribute::LinkLayerAddress(mac)];
+        message.attributes = vec![
+            NeighbourAttribute::Destination(to_neighbour(address)),
+            NeighbourAttribute::LinkLayerAddress(mac),
+        ];
         self.change(RouteNetlinkMessage::NewNeighbour(message))
     }
 }
@@ -308,6 +326,13 @@ fn route_message(route: &api::Route, index: u32, what: &str) -> Result<RouteMess
         attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
     }
     Ok(message)
+}
+
+fn to_neighbour(address: IpAddr) -> NeighbourAddress {
+    match address {
+        IpAddr::V4(address) => NeighbourAddress::Inet(address),
+        IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+    }
 }
 
 fn family(address: IpAddr) -> AddressFamily {
