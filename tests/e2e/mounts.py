@@ -253,7 +253,7 @@ def a_path_of_the_host_may_be_anything_that_kubelet_prepares(node):
         # Kubelet unmounts what it prepared once the pod is stopped.
         crictl("stopp", pod)
         for number in range(2):
-            subprocess.run(["umount", sub / str(number)], check=True)
+            subprocess.run(["umount", "-R", sub / str(number)], check=True)
         crictl("rmp", pod)
     finally:
         subprocess.run(["umount", below], check=False)
