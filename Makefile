@@ -26,7 +26,6 @@ test: build ## every test; as root
 	tests/e2e/run
 	tests/crash/run
 	tests/streaming/run
-	tests/streaming/conformance/run
 
 demo: build ## a pod in a microVM, shown by crictl; IMAGE=... takes one from the internet
 	scripts/demo.sh $(IMAGE)
