@@ -129,9 +129,9 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        for path in [&self.guest, &self.dir.path().join("share")] {
-            rustix::mount::unmount(path, UnmountFlags::DETACH).ok();
-        }
+        // A pump that waits for an answer of its own mount could never be killed: all of them fail now.
+        rustix::mount::unmount(&self.guest, UnmountFlags::FORCE | UnmountFlags::DETACH).ok();
+        rustix::mount::unmount(self.dir.path().join("share"), UnmountFlags::DETACH).ok();
         // What a test has mounted there itself would keep the folder from being removed.
         for entry in fs::read_dir(&self.host).into_iter().flatten().flatten() {
             rustix::mount::unmount(entry.path(), UnmountFlags::DETACH).ok();
