@@ -52,7 +52,11 @@ pub fn container_spec(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         tty: config.tty,
-        resources: resources(&linux.resources.unwrap_or_default(), sandbox.boundary())?,
+        resources: resources(
+            "linux.resources",
+            &linux.resources.unwrap_or_default(),
+            sandbox.boundary(),
+        )?,
         security,
         stop_signal: config.stop_signal,
     })
@@ -235,36 +239,36 @@ fn propagation(
     }
 }
 
-/// CRI's limits, checked.
+/// CRI's limits, checked; they are the field `at`.
 pub fn resources(
+    at: &str,
     resources: &cri::LinuxContainerResources,
     boundary: Boundary,
 ) -> Result<Resources, SandboxError> {
-    const AT: &str = "linux.resources";
-    security::no_huge_pages(AT, resources)?;
+    security::no_huge_pages(at, resources)?;
     for (field, value) in [
         ("cpu_period", resources.cpu_period),
         ("cpu_shares", resources.cpu_shares),
         ("memory_limit_in_bytes", resources.memory_limit_in_bytes),
     ] {
         if value < 0 {
-            return Err(SandboxError::invalid(format!("{AT}.{field}"), "is negative"));
+            return Err(SandboxError::invalid(format!("{at}.{field}"), "is negative"));
         }
     }
     if (1..MEMORY_MIN).contains(&resources.memory_limit_in_bytes) {
         let why = format!("is less than {MEMORY_MIN}, in which no process starts");
-        return Err(SandboxError::invalid(format!("{AT}.memory_limit_in_bytes"), why));
+        return Err(SandboxError::invalid(format!("{at}.memory_limit_in_bytes"), why));
     }
     for (field, value) in
         [("cpuset_cpus", &resources.cpuset_cpus), ("cpuset_mems", &resources.cpuset_mems)]
     {
         if !value.is_empty() && boundary == Boundary::Microvm {
             let why = "numbers of the host's CPUs and nodes mean nothing in a guest";
-            return Err(SandboxError::unsupported(format!("{AT}.{field}"), why));
+            return Err(SandboxError::unsupported(format!("{at}.{field}"), why));
         }
     }
     if !(-1000..=1000).contains(&resources.oom_score_adj) {
-        let field = format!("{AT}.oom_score_adj");
+        let field = format!("{at}.oom_score_adj");
         return Err(SandboxError::invalid(field, "is not from -1000 to 1000"));
     }
     Ok(Resources {
@@ -348,6 +352,7 @@ fn groups(list: &[i64]) -> Result<Vec<u32>, SandboxError> {
 
 fn pid(options: Option<&cri::NamespaceOption>, nodes: NodeNamespaces) -> Result<Pid, SandboxError> {
     let field = "linux.security_context.namespace_options";
+    security::no_target(options)?;
     match options.map_or(cri::NamespaceMode::Pod, cri::NamespaceOption::pid) {
         // The pod's is the node's.
         cri::NamespaceMode::Pod | cri::NamespaceMode::Node if nodes.pid => Ok(Pid::Node),

@@ -132,6 +132,8 @@ fn resources(resources: &Resources) -> cri::LinuxContainerResources {
         memory_limit_in_bytes: resources.memory_limit,
         memory_swap_limit_in_bytes: resources.memory_swap_limit,
         oom_score_adj: resources.oom_score_adj,
+        cpuset_cpus: resources.cpuset_cpus.clone(),
+        cpuset_mems: resources.cpuset_mems.clone(),
         unified: resources.unified.clone().into_iter().collect(),
         ..Default::default()
     }

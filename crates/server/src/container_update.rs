@@ -37,7 +37,8 @@ pub async fn update_container_resources(
     if boundary == Boundary::Microvm {
         fits(&linux, record.size(), node.sizes.max)?;
     }
-    let wanted = merge(&container.spec.resources, container_spec::resources(&linux, boundary)?)?;
+    let wanted =
+        merge(&container.spec.resources, container_spec::resources("linux", &linux, boundary)?)?;
     let order = serde_json::to_vec(&oci_spec::resources(&wanted, Vec::new(), boundary))
         .map_err(|error| SandboxError::step("write the limits", std::io::Error::other(error)))?;
     sandbox.shim().update_container(container.id.as_str(), order).await?;

@@ -44,7 +44,7 @@ pub fn sandbox_spec(
         refuse_resources("linux.resources", resources)?;
     }
     if let Some(overhead) = &linux.overhead {
-        refuse_resources("linux.overhead", overhead)?;
+        refuse_overhead("linux.overhead", overhead)?;
     }
     let annotations: BTreeMap<_, _> = config.annotations.clone().into_iter().collect();
     let size = vm_size(linux.resources.as_ref(), linux.overhead.as_ref(), &annotations, rules)?;
@@ -99,6 +99,26 @@ pub(crate) fn refuse_resources(
         ));
     }
     Ok(())
+}
+
+/// An overhead is an amount, which is added to the resources'.
+pub(crate) fn refuse_overhead(
+    field: &str,
+    overhead: &cri::LinuxContainerResources,
+) -> Result<(), SandboxError> {
+    refuse_resources(field, overhead)?;
+    let places = [
+        ("oom_score_adj", overhead.oom_score_adj == 0),
+        ("cpuset_cpus", overhead.cpuset_cpus.is_empty()),
+        ("cpuset_mems", overhead.cpuset_mems.is_empty()),
+    ];
+    match places.iter().find(|(_, unset)| !unset) {
+        Some((name, _)) => {
+            let why = "is no amount that an overhead could add: set it in resources";
+            Err(SandboxError::unsupported(format!("{field}.{name}"), why))
+        }
+        None => Ok(()),
+    }
 }
 
 fn name(metadata: Option<&cri::PodSandboxMetadata>) -> Result<SandboxName, SandboxError> {
@@ -261,6 +281,7 @@ fn sysctls(linux: &cri::LinuxPodSandboxConfig) -> Result<BTreeMap<String, String
 
 fn shared_pid(security: &cri::LinuxSandboxSecurityContext) -> Result<bool, SandboxError> {
     let mode = security.namespace_options.as_ref().map_or(cri::NamespaceMode::Pod, |o| o.pid());
+    security::no_target(security.namespace_options.as_ref())?;
     match mode {
         cri::NamespaceMode::Pod => Ok(true),
         cri::NamespaceMode::Container | cri::NamespaceMode::Node => Ok(false),
@@ -352,7 +373,11 @@ mod tests {
     #[test]
     fn what_a_virtual_machine_cannot_share_is_refused_by_name() {
         const NODE: i32 = cri::NamespaceMode::Node as i32;
-        let cases: [Case; 8] = [
+        let cases: [Case; 9] = [
+            ("overhead.oom_score_adj", |c| {
+                linux(c).overhead =
+                    Some(cri::LinuxContainerResources { oom_score_adj: 1, ..Default::default() });
+            }),
             ("handlers.a3s-box.host_namespaces", |c| namespaces(c).network = NODE),
             ("namespace_options.pid = NODE", |c| namespaces(c).pid = NODE),
             ("namespace_options.ipc = NODE", |c| namespaces(c).ipc = NODE),
@@ -386,7 +411,8 @@ mod tests {
 
     #[test]
     fn values_that_mean_nothing_are_refused_by_name() {
-        let cases: [Case; 18] = [
+        let cases: [Case; 19] = [
+            ("namespace_options.target_id", |c| namespaces(c).target_id = "t".into()),
             ("metadata", |c| c.metadata = None),
             ("metadata.name", |c| c.metadata.as_mut().unwrap().name.clear()),
             ("metadata.uid", |c| c.metadata.as_mut().unwrap().uid.clear()),

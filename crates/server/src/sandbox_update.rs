@@ -4,7 +4,7 @@
 use crate::{
     node::Node,
     sandbox::{SandboxError, record::Record, resize::Resized, spec::Boundary},
-    sandbox_spec::{host_limits, refuse_resources},
+    sandbox_spec::{host_limits, refuse_overhead, refuse_resources},
     vm_size::{MEMORY_MB, SizeRules, VCPUS, vm_size},
 };
 use a3s_box_api::cri;
@@ -22,7 +22,7 @@ pub async fn update_pod_sandbox_resources(
     };
     refuse_resources("resources", resources)?;
     if let Some(overhead) = &request.overhead {
-        refuse_resources("overhead", overhead)?;
+        refuse_overhead("overhead", overhead)?;
     }
     let view = sandbox.view();
     let to = resized(&view.record, resources, request.overhead.as_ref(), &node.sizes)?;
@@ -38,8 +38,12 @@ fn resized(
     rules: &SizeRules,
 ) -> Result<Resized, SandboxError> {
     let mut host_limits = host_limits(Some(resources), overhead);
-    // A process keeps the score it started with.
-    host_limits.oom_score_adj = record.spec.host_limits.oom_score_adj;
+    let score = record.spec.host_limits.oom_score_adj;
+    if ![0, score].contains(&host_limits.oom_score_adj) {
+        let why = "a running process keeps the one it started with";
+        return Err(SandboxError::unsupported("resources.oom_score_adj", why));
+    }
+    host_limits.oom_score_adj = score;
     let size = match record.spec.boundary() {
         Boundary::Microvm => size(record, resources, overhead, rules)?,
         Boundary::Host => record.spec.size,
@@ -129,6 +133,19 @@ mod tests {
         assert_eq!((to.size.vcpus, to.host_limits.cpu_quota), (2, 150_000));
         let error = resized(&record, &limits(0, 250_000), None, &RULES).unwrap_err().to_string();
         assert!(error.contains("cpu_quota") && error.contains("started with 2"), "{error}");
+    }
+
+    #[test]
+    fn another_score_than_that_of_the_running_processes_is_refused_by_name() {
+        let mut record = view("a", []).record;
+        record.spec.host_limits.oom_score_adj = 5;
+        for (score, good) in [(0, true), (5, true), (6, false)] {
+            let limits = cri::LinuxContainerResources { oom_score_adj: score, ..limits(0, 0) };
+            let resized = resized(&record, &limits, None, &RULES);
+            assert_eq!(resized.is_ok(), good, "{score}");
+            let Err(error) = resized else { continue };
+            assert!(error.to_string().contains("resources.oom_score_adj"), "{error}");
+        }
     }
 
     #[test]

@@ -120,6 +120,18 @@ pub fn node_namespaces(
     Ok(NodeNamespaces { network, pid, ipc })
 }
 
+/// A target's id without the mode that asks for a target would be ignored.
+pub fn no_target(options: Option<&NamespaceOption>) -> Result<(), SandboxError> {
+    match options {
+        Some(options)
+            if !options.target_id.is_empty() && options.pid() != NamespaceMode::Target =>
+        {
+            Err(SandboxError::invalid(format!("{NAMESPACES}.target_id"), "needs pid = TARGET"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses network and IPC namespaces that are not the sandbox's. `POD`, which is also what stands
 /// there when nothing was said, always is.
 pub fn sandbox_namespaces(
