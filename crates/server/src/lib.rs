@@ -60,6 +60,8 @@ pub mod vm_size;
 #[cfg(test)]
 mod container_flows;
 #[cfg(test)]
+mod cri_fields;
+#[cfg(test)]
 mod image_flows;
 
 pub use a3s_box_failpoint as failpoint;

@@ -106,7 +106,8 @@ impl Network for CniNetwork {
     }
 }
 
-fn attachment(id: &SandboxId, spec: &SandboxSpec) -> Result<Attachment, SandboxError> {
+/// What CNI is told of the pod.
+pub(crate) fn attachment(id: &SandboxId, spec: &SandboxSpec) -> Result<Attachment, SandboxError> {
     let port = |mapping: &super::spec::PortMapping| a3s_box_net::PortMapping {
         protocol: match mapping.protocol {
             Protocol::Tcp => a3s_box_net::Protocol::Tcp,

@@ -22,6 +22,7 @@ use a3s_box_store::Store;
 use a3s_box_types::{SandboxId, network::GuestNetwork};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
     path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
@@ -61,7 +62,8 @@ pub(crate) type Census = (usize, usize, usize, usize);
 
 impl FakeHost {
     pub(crate) fn new() -> Arc<Self> {
-        let folder = tempfile::tempdir().unwrap();
+        // Records are synced often, which costs nothing in memory.
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         Arc::new(Self { folder, inner: Mutex::default() })
     }
 
@@ -318,6 +320,8 @@ impl Shims for FakeHost {
 pub(crate) struct ShimState {
     pub(crate) containers: Mutex<BTreeMap<String, shim::ContainerState>>,
     pub(crate) orders: Mutex<Vec<shim::CreateContainerRequest>>,
+    /// What it was told of containers and sizes that it has, in words.
+    pub(crate) told: Mutex<Vec<String>>,
     /// What the next call of each name answers instead.
     pub(crate) refusals: Mutex<BTreeMap<&'static str, Status>>,
     /// Calls of these names never return.
@@ -331,6 +335,7 @@ impl ShimState {
         Self {
             containers: Mutex::default(),
             orders: Mutex::default(),
+            told: Mutex::default(),
             refusals: Mutex::default(),
             stuck: Mutex::default(),
             ended: Mutex::default(),
@@ -370,6 +375,10 @@ impl ShimState {
         }
     }
 
+    fn note(&self, request: &impl Debug) {
+        self.told.lock().unwrap().push(format!("{request:?}"));
+    }
+
     fn get(&self, id: &str) -> Result<shim::ContainerState, Status> {
         let containers = self.containers.lock().unwrap();
         containers.get(id).cloned().ok_or_else(|| Status::not_found("no such container"))
@@ -392,6 +401,7 @@ impl shim_server::Shim for Answers {
         request: Request<agent::UpdateContainerRequest>,
     ) -> Answer<agent::UpdateContainerResponse> {
         self.0.check("update").await?;
+        self.0.note(request.get_ref());
         self.0.get(&request.get_ref().container_id)?;
         Ok(Response::new(agent::UpdateContainerResponse {}))
     }
@@ -469,6 +479,7 @@ impl shim_server::Shim for Answers {
         request: Request<shim::StartContainerRequest>,
     ) -> Answer<shim::StartContainerResponse> {
         self.0.check("start").await?;
+        self.0.note(request.get_ref());
         let mut state = self.0.get(&request.get_ref().container_id)?;
         state.set_phase(Phase::Running);
         state.started_at = 50;
@@ -482,6 +493,7 @@ impl shim_server::Shim for Answers {
     ) -> Answer<shim::SignalContainerResponse> {
         self.0.check("signal").await?;
         let request = request.into_inner();
+        self.0.note(&request);
         // A process that ends on SIGKILL and on SIGINT and ignores the rest.
         if matches!(request.signal, 2 | 9) {
             self.0.exit(&request.container_id, 128 + request.signal as i32);
@@ -494,6 +506,7 @@ impl shim_server::Shim for Answers {
         request: Request<shim::RemoveContainerRequest>,
     ) -> Answer<shim::RemoveContainerResponse> {
         self.0.check("remove").await?;
+        self.0.note(request.get_ref());
         self.0.containers.lock().unwrap().remove(&request.get_ref().container_id);
         Ok(Response::new(shim::RemoveContainerResponse {}))
     }
@@ -502,6 +515,7 @@ impl shim_server::Shim for Answers {
         &self,
         request: Request<shim::ReopenLogRequest>,
     ) -> Answer<shim::ReopenLogResponse> {
+        self.0.note(request.get_ref());
         self.0.get(&request.get_ref().container_id)?;
         Ok(Response::new(shim::ReopenLogResponse {}))
     }
@@ -535,6 +549,7 @@ impl shim_server::Shim for Answers {
 
     async fn resize(&self, request: Request<shim::ResizeRequest>) -> Answer<shim::ResizeResponse> {
         self.0.check("resize").await?;
+        self.0.note(request.get_ref());
         Ok(Response::new(shim::ResizeResponse { memory_mb: request.get_ref().memory_mb }))
     }
 

@@ -17,7 +17,7 @@
 //! Not here: CRI types (see `sandbox_run.rs`), booting (the shim), IP choice (CNI).
 
 pub mod cni_network;
-mod configure;
+pub(crate) mod configure;
 mod containers;
 mod create;
 mod driver;

@@ -573,11 +573,13 @@ fn cgroup_name(id: &SandboxId) -> String {
     format!("a3s-box-{id}")
 }
 
-fn parent(spec: &SandboxSpec) -> &str {
+/// The cgroup above the pod's.
+pub(crate) fn parent(spec: &SandboxSpec) -> &str {
     if spec.cgroup_parent.is_empty() { CGROUP_PARENT } else { &spec.cgroup_parent }
 }
 
-fn limits(spec: &SandboxSpec) -> Limits {
+/// What the pod's processes on the host may use.
+pub(crate) fn limits(spec: &SandboxSpec) -> Limits {
     let host = &spec.host_limits;
     Limits {
         cpu_shares: host.cpu_shares,
