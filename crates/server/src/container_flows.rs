@@ -42,7 +42,7 @@ impl Images for OneImage {
     }
 }
 
-fn node(host: &Arc<FakeHost>) -> Arc<Node> {
+pub(crate) fn node(host: &Arc<FakeHost>) -> Arc<Node> {
     let size = VmSize { vcpus: 1, memory_mb: 512 };
     Arc::new(Node {
         sandboxes: Sandboxes::new(host.deps()),
@@ -59,7 +59,7 @@ fn node(host: &Arc<FakeHost>) -> Arc<Node> {
     })
 }
 
-fn pod(folder: &Path) -> cri::PodSandboxConfig {
+pub(crate) fn pod(folder: &Path) -> cri::PodSandboxConfig {
     cri::PodSandboxConfig {
         metadata: Some(cri::PodSandboxMetadata {
             name: "web".into(),
@@ -73,12 +73,15 @@ fn pod(folder: &Path) -> cri::PodSandboxConfig {
     }
 }
 
-async fn run(node: &Arc<Node>, config: cri::PodSandboxConfig) -> Result<String, SandboxError> {
+pub(crate) async fn run(
+    node: &Arc<Node>,
+    config: cri::PodSandboxConfig,
+) -> Result<String, SandboxError> {
     let request = cri::RunPodSandboxRequest { config: Some(config), ..Default::default() };
     Ok(run_pod_sandbox(node.clone(), request).await?.pod_sandbox_id)
 }
 
-fn container(name: &str) -> cri::ContainerConfig {
+pub(crate) fn container(name: &str) -> cri::ContainerConfig {
     cri::ContainerConfig {
         metadata: Some(cri::ContainerMetadata { name: name.into(), attempt: 0 }),
         image: Some(cri::ImageSpec { image: "busybox".into(), ..Default::default() }),
@@ -87,7 +90,7 @@ fn container(name: &str) -> cri::ContainerConfig {
     }
 }
 
-async fn create(
+pub(crate) async fn create(
     node: &Arc<Node>,
     sandbox: &str,
     config: cri::ContainerConfig,
@@ -100,12 +103,12 @@ async fn create(
     Ok(create_container(node.clone(), request).await?.container_id)
 }
 
-async fn start(node: &Arc<Node>, id: &str) -> Result<(), SandboxError> {
+pub(crate) async fn start(node: &Arc<Node>, id: &str) -> Result<(), SandboxError> {
     let request = cri::StartContainerRequest { container_id: id.to_owned() };
     start_container(node.clone(), request).await.map(drop)
 }
 
-async fn stop(node: &Arc<Node>, id: &str, timeout: i64) -> Result<(), SandboxError> {
+pub(crate) async fn stop(node: &Arc<Node>, id: &str, timeout: i64) -> Result<(), SandboxError> {
     let request = cri::StopContainerRequest { container_id: id.to_owned(), timeout };
     stop_container(node.clone(), request).await.map(drop)
 }

@@ -63,6 +63,8 @@ mod container_flows;
 mod cri_fields;
 #[cfg(test)]
 mod image_flows;
+#[cfg(test)]
+mod list_filters;
 
 pub use a3s_box_failpoint as failpoint;
 pub use serve::Server;
