@@ -74,6 +74,12 @@ def what_a_container_mounts_is_the_hosts_until_it_is_unmounted(node):
         assert (host / "a/g").read_text() == "host"
         sh(container, "umount /v/a/sub && umount /v/a")
         assert shown(host) == [] and os.listdir(host / "a") == [], shown(host)
+        # Who unmounts it may remove its place at once, as a CSI driver does; and that again and again.
+        for _ in range(10):
+            sh(container, "mkdir -p /v/b && mount -t tmpfs x /v/b && mkdir /v/b/sub && mount --bind /etc /v/b/sub")
+            assert (host / "b/sub/passwd").exists()
+            sh(container, "umount /v/b/sub && umount /v/b && rmdir /v/b")
+            assert not (host / "b").exists()
         # By itself.
         sh(container, "(sleep 1; mount -t tmpfs y /v/a; touch /v/a/later) >/dev/null 2>&1 &")
         eventually("a mount that nobody waited for", lambda: (host / "a/later").exists())

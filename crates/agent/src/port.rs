@@ -42,47 +42,59 @@ pub fn open(name: &str) -> io::Result<Option<File>> {
 
 /// The agent's port.
 #[derive(Debug)]
-pub struct Port {
-    file: File,
-    /// Reports a change of the port once: a port without a host is "readable" all the time.
-    edges: AsyncFd<OwnedFd>,
-}
+pub struct Port(File);
 
 impl Port {
-    /// Takes an open port. Needs a runtime.
+    /// Takes an open port.
     pub fn new(file: File) -> io::Result<Self> {
         rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::NONBLOCK)?;
-        let edges = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-        epoll::add(&edges, &file, epoll::EventData::new_u64(0), flags)?;
-        Ok(Self { file, edges: a3s_box_sys::watch::watch(edges, Interest::READABLE)? })
+        Ok(Self(file))
     }
 
-    /// Waits for the host, says hello, and returns once the host has spoken.
+    /// Waits for the host, says hello, and returns once the host has spoken. Needs a runtime.
     pub async fn connect(&self) -> io::Result<Connection> {
+        // It has ended before there is a connection: one looker at a time (see `a3s_box_volume::pump`).
+        self.wait_for_host().await?;
+        let file = self.0.try_clone()?;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        Ok(Connection(a3s_box_sys::watch::watch(file.into(), interest)?))
+    }
+
+    async fn wait_for_host(&self) -> io::Result<()> {
+        let edges = Edges::new(&self.0)?;
         loop {
-            self.until(|state| !state.contains(PollFlags::HUP)).await?;
-            if !self.say_hello().await? {
+            edges.until(|state| !state.contains(PollFlags::HUP)).await?;
+            if !edges.say_hello().await? {
                 continue;
             }
             let state =
-                self.until(|state| state.intersects(PollFlags::IN | PollFlags::HUP)).await?;
+                edges.until(|state| state.intersects(PollFlags::IN | PollFlags::HUP)).await?;
             if !state.contains(PollFlags::HUP) {
-                let file = self.file.try_clone()?;
-                let fd = a3s_box_sys::watch::watch(
-                    file.into(),
-                    Interest::READABLE | Interest::WRITABLE,
-                )?;
-                return Ok(Connection(fd));
+                return Ok(());
             }
         }
+    }
+}
+
+/// Reports a change of the port once: a port without a host is "readable" all the time.
+struct Edges<'a> {
+    file: &'a File,
+    changes: AsyncFd<OwnedFd>,
+}
+
+impl<'a> Edges<'a> {
+    fn new(file: &'a File) -> io::Result<Self> {
+        let changes = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&changes, file, epoll::EventData::new_u64(0), flags)?;
+        Ok(Self { file, changes: a3s_box_sys::watch::watch(changes, Interest::READABLE)? })
     }
 
     /// False when the host hung up.
     async fn say_hello(&self) -> io::Result<bool> {
         let mut rest = HELLO.as_slice();
         while !rest.is_empty() {
-            match rustix::io::write(&self.file, rest) {
+            match rustix::io::write(self.file, rest) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
@@ -106,15 +118,15 @@ impl Port {
             if wanted(state) {
                 return Ok(state);
             }
-            let mut ready = self.edges.readable().await?;
+            let mut ready = self.changes.readable().await?;
             ready.clear_ready();
             let mut events = [MaybeUninit::uninit(); 4];
-            epoll::wait(self.edges.get_ref(), &mut events, Some(&Timespec::default()))?;
+            epoll::wait(self.changes.get_ref(), &mut events, Some(&Timespec::default()))?;
         }
     }
 
     fn state(&self) -> io::Result<PollFlags> {
-        let mut set = [PollFd::new(&self.file, PollFlags::IN | PollFlags::OUT)];
+        let mut set = [PollFd::new(self.file, PollFlags::IN | PollFlags::OUT)];
         rustix::io::retry_on_intr(|| poll(&mut set, Some(&Timespec::default())))?;
         Ok(set[0].revents())
     }

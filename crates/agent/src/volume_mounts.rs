@@ -14,7 +14,7 @@ use crate::{
 use a3s_box_api::agent::v1 as api;
 use a3s_box_sys::{clone3::namespace, mount_table};
 use bytes::Bytes;
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
 use std::{
     fs::File,
     io,
@@ -157,12 +157,13 @@ fn split(path: &Path) -> Option<(String, PathBuf)> {
     Some((format!("{container}/{number}"), parts.collect()))
 }
 
-/// The mount on top of that place; none when it is gone, or is a file's. Asks its file system nothing.
+/// The mount on top of that place; none when it is gone, or is a file's. Asks its file system nothing, and
+/// holds it no longer than one call: whoever unmounts it at this moment would be told that it is busy.
 fn unique_id(point: &Path) -> Option<u64> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let folder = rustix::fs::open(point, flags, Mode::empty()).ok()?;
-    let quietly = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    Some(rustix::fs::statx(&folder, "", quietly, UNIQUE_ID).ok()?.stx_mnt_id)
+    let quietly = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+    let found = rustix::fs::statx(CWD, point, quietly, UNIQUE_ID | StatxFlags::TYPE).ok()?;
+    let is_folder = FileType::from_raw_mode(found.stx_mode.into()) == FileType::Directory;
+    is_folder.then_some(found.stx_mnt_id)
 }
 
 /// Serves a mount to the host; the answers end when it cannot go on.

@@ -26,6 +26,9 @@ pub struct Service(pub Arc<Server>);
 type Answer<T> = Result<Response<T>, Status>;
 type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
+/// RPCs that start something; what can wait makes way for them.
+const STARTING: [&str; 3] = ["RunPodSandbox", "CreateContainer", "StartContainer"];
+
 /// What the span of an RPC names.
 enum About {
     Node,
@@ -79,10 +82,12 @@ impl Service {
         E: Failure,
     {
         let (span, since) = (about.span(rpc), Instant::now());
+        let deps = self.0.node.sandboxes.deps();
+        let _starting = STARTING.contains(&rpc).then(|| deps.spares.yield_to_start());
         let answer = run(self.0.clone(), request).instrument(span.clone()).await;
         let answer = answer.map(Response::new).map_err(|error| span.in_scope(|| refused(&error)));
         let code = answer.as_ref().map_or_else(Status::code, |_| Code::Ok);
-        self.0.node.sandboxes.deps().instruments.answered(rpc, code, since.elapsed());
+        deps.instruments.answered(rpc, code, since.elapsed());
         answer
     }
 }

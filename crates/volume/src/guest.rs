@@ -6,13 +6,18 @@
 //! requests wait. A request that was under way when the host hung up is answered with EIO, because
 //! its answer will never come.
 //!
+//! **Who looks at the port.** Linux' virtio_console takes the next message of the host out of the queue in
+//! any poll(2) of the port, and with that may spare the host the interrupt that would have woken whoever
+//! waits for that message: it would sleep until there is another one. So only the thread that reads may
+//! look; where the other one must, it tells the reader afterwards.
+//!
 //! One thread per direction. Notifications of the host (messages whose `unique` is 0) get a third,
 //! made when the first one comes: the kernel may have to wait for a request's answer before it can
 //! take one, and that answer would be next in line. One notification is not the kernel's but this
 //! module's own, to make inotify speak; `host/updates.rs` says why.
 
 use crate::wire::{self, IN_HEADER, MAX_MESSAGE, OUT_HEADER};
-use rustix::event::{PollFd, PollFlags, epoll, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
@@ -64,12 +69,14 @@ fn read_ahead(target: &Path) -> io::Result<()> {
     std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD_KIB.to_string())
 }
 
-/// Carries messages of the share at `target` until it is unmounted. `port` must block on reads and may
-/// hang up and be connected again at any time; it stays open after the return.
+/// Carries messages of the share at `target` until it is unmounted. `port`, which does not block from now
+/// on, may hang up and be connected again at any time; it stays open after the return.
 pub fn pump(fuse: OwnedFd, port: File, target: &Path) -> io::Result<()> {
+    rustix::fs::fcntl_setfl(&port, rustix::fs::OFlags::NONBLOCK)?;
     let link = Arc::new(Link {
         fuse: File::from(fuse),
         port,
+        look: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?.into(),
         target: target.to_owned(),
         unanswered: Mutex::new(HashSet::new()),
     });
@@ -89,6 +96,8 @@ pub fn pump(fuse: OwnedFd, port: File, target: &Path) -> io::Result<()> {
 struct Link {
     fuse: File,
     port: File,
+    /// Tells the reader to look at the port again.
+    look: File,
     /// Where the share is mounted.
     target: PathBuf,
     /// Requests the port has taken bytes of and that have no answer yet.
@@ -123,6 +132,47 @@ impl Link {
         let name = |name: &CStr| folder.join(OsStr::from_bytes(name.to_bytes()));
         // A volume that has gone has no one waiting.
         std::fs::rename(name(wire::REPLAYED), name(wire::UPDATED)).ok();
+    }
+
+    /// Writes what it can of a request. From its first byte on it waits for an answer.
+    fn put(&self, request: &[u8], sent: usize) -> io::Result<usize> {
+        // Held, so that no answer and no hang-up comes between.
+        let mut unanswered = self.unanswered();
+        let written = (&self.port).write(&request[sent..]);
+        let waits = matches!(&written, Err(error) if matches!(
+            Errno::from_io_error(error), Some(Errno::AGAIN | Errno::INTR)));
+        if sent == 0 && !waits && wire::is_answered(wire::u32_at(request, 4)) {
+            unanswered.insert(wire::u64_at(request, 8));
+        }
+        written
+    }
+
+    /// Waits for something to read. The reader's.
+    fn wait_readable(&self) -> io::Result<()> {
+        let mut set =
+            [PollFd::new(&self.port, PollFlags::IN), PollFd::new(&self.look, PollFlags::IN)];
+        match poll(&mut set, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if !set[1].revents().is_empty() {
+            (&self.look).read_exact(&mut [0; 8])?;
+        }
+        Ok(())
+    }
+
+    /// The port's state once it takes more, or has been hung up. The writer's.
+    fn wait_writable(&self) -> io::Result<PollFlags> {
+        let state = state(&self.port, PollFlags::OUT, None);
+        (&self.look).write_all(&1_u64.to_ne_bytes())?;
+        state
+    }
+
+    /// Waits until somebody is at the other end. The writer's.
+    fn wait_connected(&self) -> io::Result<()> {
+        let connected = Edges::new(&self.port).and_then(|edges| edges.wait_connected(&self.port));
+        (&self.look).write_all(&1_u64.to_ne_bytes())?;
+        connected
     }
 
     fn fail_all(&self) {
@@ -180,7 +230,6 @@ fn state(port: &File, wanted: PollFlags, timeout: Option<i64>) -> io::Result<Pol
 
 /// `/dev/fuse` to the port.
 fn carry_requests(link: &Link) -> io::Result<()> {
-    let edges = Edges::new(&link.port)?;
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
         let length = match (&link.fuse).read(&mut buffer) {
@@ -193,30 +242,30 @@ fn carry_requests(link: &Link) -> io::Result<()> {
                 _ => return Err(error),
             },
         };
-        send(link, &edges, &buffer[..length])?;
+        send(link, &buffer[..length])?;
     }
 }
 
 /// Sends one request as a whole, or fails it when the host hangs up in its middle.
-fn send(link: &Link, edges: &Edges, request: &[u8]) -> io::Result<()> {
+fn send(link: &Link, request: &[u8]) -> io::Result<()> {
     let unique = wire::u64_at(request, 8);
     let mut sent = 0;
     while sent < request.len() {
-        if state(&link.port, PollFlags::OUT, None)?.contains(PollFlags::HUP) {
-            if sent > 0 {
-                link.fail(unique);
-                return Ok(());
-            }
-            edges.wait_connected(&link.port)?;
-            continue;
-        }
-        if sent == 0 && wire::is_answered(wire::u32_at(request, 4)) {
-            link.unanswered().insert(unique);
-        }
-        match (&link.port).write(&request[sent..]) {
+        match link.put(request, sent) {
             Ok(count) => sent += count,
             Err(error) => match Errno::from_io_error(&error) {
-                Some(Errno::INTR | Errno::AGAIN) => {}
+                Some(Errno::INTR) => {}
+                // Full, or nobody is there.
+                Some(Errno::AGAIN) => {
+                    if !link.wait_writable()?.contains(PollFlags::HUP) {
+                        continue;
+                    }
+                    if sent > 0 {
+                        link.fail(unique);
+                        return Ok(());
+                    }
+                    link.wait_connected()?;
+                }
                 Some(Errno::PIPE | Errno::IO) => {
                     link.fail(unique);
                     return Ok(());
@@ -239,6 +288,10 @@ fn carry_replies(link: &Arc<Link>) -> io::Result<()> {
             Ok(count) => count,
             Err(error) => match Errno::from_io_error(&error) {
                 Some(Errno::INTR) => continue,
+                Some(Errno::AGAIN) => {
+                    link.wait_readable()?;
+                    continue;
+                }
                 // What a port that is not a virtio one says for a hang-up.
                 Some(Errno::CONNRESET | Errno::IO) => 0,
                 _ => return Err(error),

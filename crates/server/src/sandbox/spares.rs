@@ -3,7 +3,8 @@
 //! A spare has the id that its sandbox will have, so every name outside is right from the beginning. Its
 //! network namespace is without CNI, its cgroup yields to every pod's, and its folder is marked: a server
 //! that finds it without a record ends it. RunPodSandbox of the same size takes one; another one is then
-//! made, of the sizes that were asked for last. What is not taken ends with the server.
+//! made, of the sizes that were asked for last, once the node has a quiet moment: a pod that starts has
+//! better use for the processors. What is not taken ends with the server.
 
 use super::{
     SandboxError, blocking,
@@ -25,6 +26,10 @@ use tracing::{info, warn};
 
 /// Until another one is tried after one could not be made.
 const RETRY: Duration = Duration::from_secs(60);
+/// So long no pod or container has to have been started before one is made.
+const QUIET: Duration = Duration::from_secs(1);
+/// A node that is never quiet waits no longer than this.
+const LONGEST: Duration = Duration::from_secs(10);
 
 /// The node's spare guests. Cheap to clone.
 #[derive(Clone)]
@@ -34,6 +39,25 @@ struct Inner {
     outside: Outside,
     pool: Mutex<Pool>,
     wake: Notify,
+    starts: Mutex<Starts>,
+}
+
+/// What makes a moment no quiet one.
+#[derive(Default)]
+struct Starts {
+    now: usize,
+    last: Option<Instant>,
+}
+
+/// While it is held, and a little longer, no spare is begun.
+pub struct Starting(Arc<Inner>);
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        let mut starts = self.0.starts();
+        starts.now -= 1;
+        starts.last = Some(Instant::now());
+    }
 }
 
 /// What spares are made with.
@@ -75,7 +99,8 @@ impl Spares {
             return Self::none();
         }
         let pool = Pool { wanted: vec![default; count].into(), ..Pool::default() };
-        Self(Some(Arc::new(Inner { outside, pool: Mutex::new(pool), wake: Notify::new() })))
+        let pool = Mutex::new(pool);
+        Self(Some(Arc::new(Inner { outside, pool, wake: Notify::new(), starts: Mutex::default() })))
     }
 
     /// Begins to make them, one at a time. Call inside a runtime.
@@ -93,6 +118,13 @@ impl Spares {
         let taken = inner.lock().take(spec.size);
         inner.wake.notify_one();
         taken
+    }
+
+    /// A pod or container is being started, and no spare shall be in its way.
+    pub fn yield_to_start(&self) -> Option<Starting> {
+        let inner = self.0.clone()?;
+        inner.starts().now += 1;
+        Some(Starting(inner))
     }
 
     /// How many are ready.
@@ -157,7 +189,27 @@ impl Inner {
             match work {
                 None => self.wake.notified().await,
                 Some(Work::End(spare)) => self.discard(&spare).await,
-                Some(Work::Make(spare)) => self.make(spare).await,
+                Some(Work::Make(spare)) => {
+                    self.quiet().await;
+                    self.make(spare).await;
+                }
+            }
+        }
+    }
+
+    /// Returns in a quiet moment, or when there is none for too long.
+    async fn quiet(&self) {
+        let until = Instant::now() + LONGEST;
+        loop {
+            let now = Instant::now();
+            let calm = match *self.starts() {
+                Starts { now: 1.., .. } => now + QUIET,
+                Starts { last: Some(last), .. } => last + QUIET,
+                Starts { last: None, .. } => now,
+            };
+            match calm.min(until).saturating_duration_since(now) {
+                Duration::ZERO => return,
+                wait => tokio::time::sleep(wait).await,
             }
         }
     }
@@ -203,6 +255,10 @@ impl Inner {
         if let Err(error) = end.await {
             warn!(id = id.short(), "a spare guest is not removed: {}", chain(&error));
         }
+    }
+
+    fn starts(&self) -> MutexGuard<'_, Starts> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Pool> {

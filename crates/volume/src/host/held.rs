@@ -10,18 +10,40 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Folder and name.
 type Name = (Key, CString);
 
+/// So long the host has to take away what the guest has unmounted.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// All of them: few, or none.
 #[derive(Debug, Default)]
-pub struct Held(Mutex<HashMap<Name, OwnedFd>>);
+pub struct Held {
+    names: Mutex<HashMap<Name, OwnedFd>>,
+    released: Condvar,
+    /// Held by who waits for that. One, so that the others can serve what it waits for.
+    waiting: Mutex<()>,
+}
 
 impl Held {
     fn names(&self) -> MutexGuard<'_, HashMap<Name, OwnedFd>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `name` in `parent` was held and is so no more. Whoever unmounts something in the guest may
+    /// remove its place at once; on the host the mount goes a moment later.
+    pub fn wait(&self, parent: &Node, name: &CStr) -> Answer<bool> {
+        let name = (key(&parent.stat()?), name.to_owned());
+        let names = self.names();
+        let Some(_one) = self.waiting.try_lock().ok().filter(|_| names.contains_key(&name)) else {
+            return Ok(false);
+        };
+        let held = |names: &mut HashMap<_, _>| names.contains_key(&name);
+        let waited = self.released.wait_timeout_while(names, PATIENCE, held);
+        Ok(!waited.unwrap_or_else(PoisonError::into_inner).1.timed_out())
     }
 
     /// What `name` in `parent` stands for, if it is held.
@@ -45,7 +67,10 @@ impl Held {
     /// No longer. A name that has gone, or was not held, is no error.
     pub fn release(&self, root: &OwnedFd, path: &CStr) -> Answer {
         match name_at(root, path) {
-            Ok(name) => drop(self.names().remove(&name)),
+            Ok(name) => {
+                self.names().remove(&name);
+                self.released.notify_all();
+            }
             Err(Errno::NOENT | Errno::NOTDIR) => {}
             Err(error) => return Err(error),
         }

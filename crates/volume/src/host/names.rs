@@ -99,7 +99,13 @@ impl Worker<'_> {
 
     pub fn unlink(&self, request: &Request<'_>, flags: AtFlags) -> Answer {
         let name = request.arguments().name()?;
-        rustix::fs::unlinkat(&self.writable(request.node)?.fd, name, flags)
+        let parent = self.writable(request.node)?;
+        match rustix::fs::unlinkat(&parent.fd, name, flags) {
+            Err(Errno::BUSY) if self.files.nodes.held().wait(&parent, name)? => {
+                rustix::fs::unlinkat(&parent.fd, name, flags)
+            }
+            done => done,
+        }
     }
 
     pub fn rename(&self, request: &Request<'_>, with_flags: bool) -> Answer {
