@@ -74,12 +74,12 @@ pub fn to_api(record: &ContainerRecord) -> shim::ContainerState {
     }
 }
 
-/// An exit as the agent tells it.
+/// An exit as the agent tells it, at this moment: a guest's clock is its own.
 pub fn exit_from(exit: &agent::Exit) -> ContainerExit {
     ContainerExit {
         code: exit.code,
         signal: exit.signal,
-        exited_at: exit.exited_at,
+        exited_at: now(),
         oom_killed: exit.oom_killed,
         cause: exit.cause,
     }

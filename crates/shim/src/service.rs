@@ -242,10 +242,12 @@ impl Shim {
         let mut record = container.record();
         if record.phase == ContainerPhase::Created {
             let order = agent::StartContainerRequest { container_id: id };
-            let started = self.boundary.agent().await?.start_container(order).await?.into_inner();
+            // Before any end of it, and by the host's clock, as that.
+            let started_at = records::now();
+            self.boundary.agent().await?.start_container(order).await?;
             failpoint::hit("shim-container-started");
             record = container
-                .started(started.started_at)
+                .started(started_at)
                 .map_err(|err| Status::internal(format!("save the container's record: {err}")))?;
         }
         Ok(records::to_api(&record))
