@@ -11,7 +11,7 @@ use rustix::{
 };
 use std::{
     fs::{self, File},
-    io,
+    io::{self, IoSlice},
     mem::MaybeUninit,
     path::PathBuf,
     pin::Pin,
@@ -23,6 +23,8 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 pub const HELLO: &[u8; 8] = b"A3SBOX1\n";
 
 const CLASS: &str = "/sys/class/virtio-ports";
+/// Bytes that the driver takes in one write.
+const LARGEST: usize = 32 << 10;
 
 /// Finds and opens the port of that name; none when the machine has no such port.
 pub fn open(name: &str) -> io::Result<Option<File>> {
@@ -57,7 +59,8 @@ impl Port {
         self.wait_for_host().await?;
         let file = self.0.try_clone()?;
         let interest = Interest::READABLE | Interest::WRITABLE;
-        Ok(Connection(a3s_box_sys::watch::watch(file.into(), interest)?))
+        let fd = a3s_box_sys::watch::watch(file.into(), interest)?;
+        Ok(Connection { fd, gathered: Vec::new() })
     }
 
     async fn wait_for_host(&self) -> io::Result<()> {
@@ -134,7 +137,11 @@ impl<'a> Edges<'a> {
 
 /// One connection of the host.
 #[derive(Debug)]
-pub struct Connection(AsyncFd<OwnedFd>);
+pub struct Connection {
+    fd: AsyncFd<OwnedFd>,
+    /// Slices on their way in one write.
+    gathered: Vec<u8>,
+}
 
 impl AsyncRead for Connection {
     fn poll_read(
@@ -143,7 +150,7 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         loop {
-            let mut ready = ready!(self.0.poll_read_ready(context))?;
+            let mut ready = ready!(self.fd.poll_read_ready(context))?;
             let result =
                 ready.try_io(|fd| Ok(rustix::io::read(fd.as_fd(), buffer.initialize_unfilled())?));
             match result {
@@ -166,13 +173,34 @@ impl AsyncWrite for Connection {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         loop {
-            let mut ready = ready!(self.0.poll_write_ready(context))?;
+            let mut ready = ready!(self.fd.poll_write_ready(context))?;
             match ready.try_io(|fd| Ok(rustix::io::write(fd.as_fd(), bytes)?)) {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(result) => return Poll::Ready(result),
                 Err(_) => {}
             }
         }
+    }
+
+    /// The device would take slices one by one, each with an exit of the machine; copying is cheaper.
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        gathered.clear();
+        for slice in slices {
+            let room = LARGEST - gathered.len();
+            gathered.extend_from_slice(&slice[..slice.len().min(room)]);
+        }
+        let written = self.as_mut().poll_write(context, &gathered);
+        self.gathered = gathered;
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -17,8 +17,8 @@ use tokio::{
     sync::{mpsc, watch},
 };
 
-/// The largest message.
-const CHUNK: usize = 16 << 10;
+/// The largest message: with what is around it, it fills one frame of HTTP/2.
+const CHUNK: usize = (16 << 10) - 64;
 
 /// Which output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
