@@ -216,8 +216,12 @@ impl Nodes {
     /// Names and numbers of attributes that do not change: for how long the guest may keep them.
     pub fn seconds(&self, node: &Node) -> u64 {
         const DAY: u64 = 24 * 60 * 60;
-        // A mount point waits for its mount.
-        let fixed = node.zone == Zone::Image && node.mount != self.root_mount;
+        let fixed = match node.zone {
+            Zone::Share => true,
+            // A mount point, which is a file, waits for its mount.
+            Zone::Image => node.mount != self.root_mount || node.kind == FileType::Directory,
+            Zone::Volume => false,
+        };
         if fixed { DAY } else { 0 }
     }
 }
