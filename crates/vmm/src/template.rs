@@ -28,7 +28,7 @@ use std::{
 };
 
 /// Part of a template's key: what this file and the command line mean.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 /// The device state.
 pub const STATE_FILE: &str = "state";
 /// The guest's memory, sparse.
