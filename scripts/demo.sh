@@ -9,7 +9,7 @@ set -euo pipefail
 
 tree=$(cd "$(dirname "$0")/.." && pwd)
 if [ "${1:-}" != inside ]; then
-	export DEMO_IMAGE=${1:-}
+	export DEMO_IMAGE=${1:-} NODE_TOOLS=crictl
 	if [ -n "$DEMO_IMAGE" ]; then export NODE_NETWORK=host; else DEMO_IMAGE=demo; fi
 	exec "$tree/tests/node" a3s "$0" inside
 fi

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The test tools, from the modules that go.mod pins, in target/tools.
+#
+#   tests/tools.sh [TOOL...]    those; all of them when none is named
 set -euo pipefail
 cd "$(dirname "$0")"
 out=../target/tools
@@ -7,7 +9,11 @@ go=
 # Looked for only when there is something to build.
 build() { go=${go:-$(../scripts/go.sh)}; "$go" "$@"; }
 mkdir -p "$out"
-newer() { [ ! -e "$out/$1" ] || [ go.sum -nt "$out/$1" ] || [ "${2:-go.sum}" -nt "$out/$1" ]; }
+wanted=" $* "
+newer() {
+	[ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]] || return 1
+	[ ! -e "$out/$1" ] || [ go.sum -nt "$out/$1" ] || [ "${2:-go.sum}" -nt "$out/$1" ]
+}
 export CGO_ENABLED=0
 if newer crictl; then
 	echo "tools: building crictl" >&2
