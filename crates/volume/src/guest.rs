@@ -164,15 +164,20 @@ impl Link {
     /// The port's state once it takes more, or has been hung up. The writer's.
     fn wait_writable(&self) -> io::Result<PollFlags> {
         let state = state(&self.port, PollFlags::OUT, None);
-        (&self.look).write_all(&1_u64.to_ne_bytes())?;
+        self.tell_reader()?;
         state
     }
 
     /// Waits until somebody is at the other end. The writer's.
     fn wait_connected(&self) -> io::Result<()> {
         let connected = Edges::new(&self.port).and_then(|edges| edges.wait_connected(&self.port));
-        (&self.look).write_all(&1_u64.to_ne_bytes())?;
+        self.tell_reader()?;
         connected
+    }
+
+    /// The writer has looked at the port: what there is to read may be known to nobody else.
+    fn tell_reader(&self) -> io::Result<()> {
+        (&self.look).write_all(&1_u64.to_ne_bytes())
     }
 
     fn fail_all(&self) {
