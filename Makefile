@@ -22,10 +22,7 @@ deps: ## Debian packages that are missing
 	scripts/deps.sh $(PACKAGES)
 
 test: build ## every test; as root
-	cargo test --workspace --locked --features a3s-box-cri/failpoints,a3s-box-shim/failpoints
-	tests/e2e/run
-	tests/crash/run
-	tests/streaming/run
+	tests/run
 
 demo: build ## a pod in a microVM, shown by crictl; IMAGE=... takes one from the internet
 	scripts/demo.sh $(IMAGE)

@@ -38,7 +38,7 @@ impl Node {
         let config = format!(
             "socket = '{folder}/cri.sock'\nroot = '{folder}/root'\nstate = '{folder}/state'\n\
              [network]\nconf_dir = '{folder}/net.d'\nbin_dirs = ['{folder}/bin']\n\
-             [vm]\naccel = 'tcg'\nkernel = '{folder}/no-kernel'\n[handlers.gold]\n"
+             [vm]\naccel = 'tcg'\nspares = 0\nkernel = '{folder}/no-kernel'\n[handlers.gold]\n"
         );
         fs::write(node.path("config.toml"), config).unwrap();
         fs::create_dir(node.path("net.d")).unwrap();

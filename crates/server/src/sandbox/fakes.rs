@@ -50,6 +50,7 @@ struct Inner {
     failing: BTreeMap<&'static str, usize>,
     doubt: bool,
     bad_clone: bool,
+    dead_guest: Option<String>,
 }
 
 struct FakeShim {
@@ -101,6 +102,11 @@ impl FakeHost {
     /// The next guest that does not answer is one whose template was of no use.
     pub(crate) fn clone_fails(&self) {
         self.lock().bad_clone = true;
+    }
+
+    /// The next guest ends before anybody talks to it, for this reason.
+    pub(crate) fn guest_ends(&self, why: &str) {
+        self.lock().dead_guest = Some(why.to_owned());
     }
 
     /// Whether a shim lives can not be told.
@@ -170,6 +176,7 @@ impl FakeHost {
 
     fn start_shim(&self, id: &SandboxId) {
         let state = Arc::new(ShimState::new());
+        *state.ended.lock().unwrap() = self.lock().dead_guest.take();
         let service = shim_server::ShimServer::new(Answers(state.clone()));
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -437,6 +444,9 @@ impl shim_server::Shim for Answers {
         _: Request<shim::ConfigureSandboxRequest>,
     ) -> Answer<shim::ConfigureSandboxResponse> {
         self.0.check("configure").await?;
+        if let Some(why) = self.0.ended.lock().unwrap().clone() {
+            return Err(Status::unavailable(why));
+        }
         Ok(Response::new(shim::ConfigureSandboxResponse {
             kernel_release: "6.12".to_owned(),
             ..Default::default()

@@ -8,7 +8,7 @@
 
 use super::{
     SandboxError, blocking,
-    network::Network,
+    network::{Link, Network},
     rehearsal::Rehearsal,
     shims::Shims,
     spec::{Boundary, SandboxName, SandboxSpec},
@@ -40,6 +40,8 @@ struct Inner {
     pool: Mutex<Pool>,
     wake: Notify,
     starts: Mutex<Starts>,
+    /// Held while a namespace is made, which goes on though its task is aborted.
+    preparing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// What makes a moment no quiet one.
@@ -77,7 +79,8 @@ struct Pool {
     /// One entry for each spare there should be, the size asked for last at the end.
     wanted: VecDeque<VmSize>,
     ready: Vec<Spare>,
-    making: Option<Spare>,
+    /// The one that is being made or ended.
+    under_way: Option<Spare>,
     task: Option<AbortHandle>,
 }
 
@@ -100,7 +103,8 @@ impl Spares {
         }
         let pool = Pool { wanted: vec![default; count].into(), ..Pool::default() };
         let pool = Mutex::new(pool);
-        Self(Some(Arc::new(Inner { outside, pool, wake: Notify::new(), starts: Mutex::default() })))
+        let (wake, starts, preparing) = (Notify::new(), Mutex::default(), Arc::default());
+        Self(Some(Arc::new(Inner { outside, pool, wake, starts, preparing })))
     }
 
     /// Begins to make them, one at a time. Call inside a runtime.
@@ -141,9 +145,11 @@ impl Spares {
             if let Some(task) = pool.task.take() {
                 task.abort();
             }
-            let making = pool.making.take();
-            pool.ready.drain(..).chain(making).collect()
+            let under_way = pool.under_way.take();
+            pool.ready.drain(..).chain(under_way).collect()
         };
+        // Else the namespace of the one under way would be there after its teardown.
+        drop(inner.preparing.lock().await);
         futures::future::join_all(left.iter().map(|spare| inner.discard(spare))).await;
     }
 }
@@ -168,10 +174,12 @@ impl Pool {
             }
         }
         if let Some(at) = unwanted {
-            return Some(Work::End(self.ready.remove(at)));
+            let spare = self.ready.remove(at);
+            self.under_way = Some(spare.clone());
+            return Some(Work::End(spare));
         }
         let spare = Spare { id: SandboxId::from_random(rand::random()), size: missing.pop()? };
-        self.making = Some(spare.clone());
+        self.under_way = Some(spare.clone());
         Some(Work::Make(spare))
     }
 }
@@ -188,7 +196,10 @@ impl Inner {
             let work = self.lock().next();
             match work {
                 None => self.wake.notified().await,
-                Some(Work::End(spare)) => self.discard(&spare).await,
+                Some(Work::End(spare)) => {
+                    self.discard(&spare).await;
+                    self.lock().under_way = None;
+                }
                 Some(Work::Make(spare)) => {
                     self.quiet().await;
                     self.make(spare).await;
@@ -225,7 +236,7 @@ impl Inner {
         }
         {
             let mut pool = self.lock();
-            pool.making = None;
+            pool.under_way = None;
             if made.is_ok() {
                 let ms = since.elapsed().as_millis();
                 info!(id = spare.id.short(), size = ?spare.size, ms, "spare guest ready");
@@ -237,9 +248,20 @@ impl Inner {
 
     async fn start(&self, spare: &Spare) -> Result<(), SandboxError> {
         let (id, spec) = (&spare.id, spare.spec());
-        let link = self.outside.network.prepare(id, &spec).await?;
+        let link = self.prepare(id, &spec).await?;
         self.outside.shims.start_spare(id, &spec, link).await?;
         self.outside.rehearsal.run(id, &spec, &self.outside.shims.client(id)).await
+    }
+
+    /// Runs to its end though nobody waits for it any more; [`Spares::end`] does.
+    async fn prepare(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<Link, SandboxError> {
+        let held = self.preparing.clone().lock_owned().await;
+        let (network, id, spec) = (self.outside.network.clone(), id.clone(), spec.clone());
+        let prepared = tokio::spawn(async move {
+            let _held = held;
+            network.prepare(&id, &spec).await
+        });
+        prepared.await.map_err(|error| SandboxError::step("make a spare's namespace", error))?
     }
 
     /// Leaves nothing of one; what stays is for the next server to find.
@@ -280,8 +302,14 @@ impl Spare {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{fakes::FakeHost, record::NetworkStatus},
+        *,
+    };
+    use a3s_box_types::network::GuestNetwork;
+    use std::{path::Path, sync::mpsc};
 
     fn size(memory_mb: u32) -> VmSize {
         VmSize { vcpus: 1, memory_mb }
@@ -311,5 +339,80 @@ mod tests {
         assert_eq!(pool.next(), None);
         assert!(pool.take(size(1024)).is_some());
         assert!(pool.take(size(512)).is_some());
+    }
+
+    /// Namespaces that are made in a thread, as the kernel's are, and only when they may be.
+    struct Slow {
+        host: Arc<FakeHost>,
+        told: tokio::sync::mpsc::UnboundedSender<&'static str>,
+        go: Mutex<Option<mpsc::Receiver<()>>>,
+    }
+
+    #[tonic::async_trait]
+    impl Network for Slow {
+        async fn prepare(&self, id: &SandboxId, _: &SandboxSpec) -> Result<Link, SandboxError> {
+            let (host, id, go) = (self.host.clone(), id.clone(), self.go.lock().unwrap().take());
+            let told = self.told.clone();
+            told.send("begun").unwrap();
+            blocking("make a namespace", move || {
+                go.unwrap().recv().unwrap();
+                host.add_netns(&id);
+                told.send("made").unwrap();
+                Ok(Link::Node)
+            })
+            .await
+        }
+
+        async fn attach(
+            &self,
+            _: &SandboxId,
+            _: &SandboxSpec,
+        ) -> Result<NetworkStatus, SandboxError> {
+            unreachable!("a spare is in no network");
+        }
+
+        async fn join(
+            &self,
+            _: &SandboxId,
+            _: &SandboxSpec,
+            _: &NetworkStatus,
+        ) -> Result<GuestNetwork, SandboxError> {
+            unreachable!("a spare is in no network");
+        }
+
+        async fn teardown(&self, id: &SandboxId, spec: &SandboxSpec) -> Result<(), SandboxError> {
+            self.host.teardown(id, spec).await
+        }
+
+        async fn leftovers(&self) -> Result<Vec<SandboxId>, SandboxError> {
+            Network::leftovers(&*self.host).await
+        }
+    }
+
+    #[tokio::test]
+    async fn an_end_waits_for_the_namespace_that_is_being_made() {
+        let host = FakeHost::new();
+        let (told, mut happened) = tokio::sync::mpsc::unbounded_channel();
+        let (let_go, go) = mpsc::channel();
+        let network = Arc::new(Slow { host: host.clone(), told, go: Mutex::new(Some(go)) });
+        let outside = Outside {
+            store: Store::open(host.folder.path().join("sandboxes")).unwrap(),
+            network,
+            shims: host.clone(),
+            rehearsal: Rehearsal::new(Path::new("/no/agent"), host.folder.path()),
+        };
+        let spares = Spares::new(1, size(512), outside);
+        spares.fill();
+        assert_eq!(happened.recv().await, Some("begun"));
+        let end = tokio::spawn(async move { spares.end().await });
+        // All that it does before it waits.
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!end.is_finished());
+        let_go.send(()).unwrap();
+        end.await.unwrap();
+        assert_eq!(happened.recv().await, Some("made"));
+        assert_eq!(host.census(), (0, 0, 0, 0));
     }
 }

@@ -241,6 +241,18 @@ async fn a_failure_at_any_step_leaves_nothing_and_frees_the_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_ended_the_guest_is_told_and_not_what_came_of_it() {
+    let host = FakeHost::new();
+    let sandboxes = server(&host);
+    host.guest_ends("QEMU closed its control socket");
+    host.fail("join", 1);
+    let error = sandboxes.run(spec("a")).unwrap().created().await.unwrap_err();
+    assert!(chain(&*error).contains("QEMU closed"), "{}", chain(&*error));
+    sandboxes.none_left().await;
+    assert_eq!(host.census(), NOTHING);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_clone_that_does_not_come_to_life_is_replaced_by_another_guest_once() {
     let host = FakeHost::new();
     let sandboxes = server(&host);
