@@ -33,6 +33,7 @@ mod pod_limit;
 mod port;
 mod port_forward;
 mod process;
+mod processors;
 mod reaper;
 mod rootfs;
 mod rpc;

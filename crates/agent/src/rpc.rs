@@ -5,7 +5,7 @@ use crate::{
     agent::Agent,
     attach, container, disks,
     error::{Error, Step},
-    exec, pod_limit, port_forward, sandbox, stats, volume_mounts,
+    exec, pod_limit, port_forward, processors, sandbox, stats, volume_mounts,
 };
 use a3s_box_api::agent::v1::{self as api, agent_server, exec_input};
 use std::{future::Future, sync::Arc};
@@ -132,6 +132,14 @@ impl agent_server::Agent for Service {
     ) -> Result<Response<api::LimitPodResponse>, Status> {
         let agent = Arc::clone(&self.0);
         finish(async move { pod_limit::limit(&agent, &request.into_inner()).await }).await
+    }
+
+    async fn set_processors(
+        &self,
+        request: Request<api::SetProcessorsRequest>,
+    ) -> Result<Response<api::SetProcessorsResponse>, Status> {
+        let (boundary, request) = (self.0.config.boundary, request.into_inner());
+        finish(async move { processors::set(boundary, request).await }).await
     }
 
     async fn find_disk(

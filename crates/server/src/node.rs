@@ -84,6 +84,7 @@ impl Node {
             uid_base: config.vm.uid_base,
             uid_count: config.vm.uid_count,
             most_memory_mb: config.vm.max_size.memory_mb,
+            max_vcpus: config.vm.max_size.vcpus,
             start_timeout: config.vm.start_timeout,
         };
         let boot_id = std::fs::read_to_string(BOOT_ID)

@@ -99,6 +99,7 @@ fn describe(view: &View, told: &shim::StateResponse) -> serde_json::Value {
             "memoryMb": record.size().memory_mb,
             // More while the guest cannot spare what is to be taken.
             "memoryMbNow": told.memory_mb,
+            "vcpusNow": told.vcpus,
             "accel": told.accel,
             "pid": told.pid,
             "kernelRelease": boundary.kernel_release,

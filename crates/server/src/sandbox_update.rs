@@ -5,7 +5,7 @@ use crate::{
     node::Node,
     sandbox::{SandboxError, record::Record, resize::Resized, spec::Boundary},
     sandbox_spec::{host_limits, refuse_overhead, refuse_resources},
-    vm_size::{MEMORY_MB, SizeRules, VCPUS, vm_size},
+    vm_size::{MEMORY_MB, SizeRules, VCPUS, most_vcpus, vm_size},
 };
 use a3s_box_api::cri;
 use a3s_box_types::shim::VmSize;
@@ -64,16 +64,21 @@ fn size(
     let start = record.spec.size;
     let needed = vm_size(Some(resources), overhead, &BTreeMap::new(), rules)?;
     let fixed = |key: &str| record.spec.annotations.contains_key(key);
-    if resources.cpu_quota > 0 && needed.vcpus > start.vcpus {
-        let why = format!(
-            "needs {} processors, and the pod's virtual machine was started with {}: none can be \
-             added while it runs{}",
-            needed.vcpus,
-            start.vcpus,
-            if fixed(VCPUS) { ", as its annotation says" } else { "" },
-        );
-        return Err(SandboxError::unsupported("resources.cpu_quota", why));
-    }
+    let most = if fixed(VCPUS) { start.vcpus } else { most_vcpus(start, rules.max.vcpus) };
+    let vcpus = match resources.cpu_quota {
+        ..=0 => record.size().vcpus,
+        _ if needed.vcpus > most => {
+            let why = format!(
+                "needs {} processors, and the pod's virtual machine was started with {} and may have \
+                 {most}{}",
+                needed.vcpus,
+                start.vcpus,
+                if fixed(VCPUS) { ", as its annotation says" } else { "" },
+            );
+            return Err(SandboxError::unsupported("resources.cpu_quota", why));
+        }
+        _ => needed.vcpus.max(start.vcpus),
+    };
     let memory_mb = match resources.memory_limit_in_bytes {
         0 => record.size().memory_mb,
         _ if fixed(MEMORY_MB) && needed.memory_mb > start.memory_mb => {
@@ -85,7 +90,7 @@ fn size(
         }
         _ => needed.memory_mb.max(start.memory_mb),
     };
-    Ok(VmSize { vcpus: start.vcpus, memory_mb })
+    Ok(VmSize { vcpus, memory_mb })
 }
 
 #[cfg(test)]
@@ -126,13 +131,24 @@ mod tests {
     }
 
     #[test]
-    fn processors_that_would_have_to_be_added_are_refused_by_name() {
+    fn processors_follow_the_quota_and_what_cannot_be_added_is_refused_by_name() {
         let mut record = view("a", []).record;
-        record.spec.size = VmSize { vcpus: 2, memory_mb: 512 };
-        let to = resized(&record, &limits(0, 150_000), None, &RULES).unwrap();
-        assert_eq!((to.size.vcpus, to.host_limits.cpu_quota), (2, 150_000));
-        let error = resized(&record, &limits(0, 250_000), None, &RULES).unwrap_err().to_string();
-        assert!(error.contains("cpu_quota") && error.contains("started with 2"), "{error}");
+        record.spec.size = VmSize { vcpus: 1, memory_mb: 512 };
+        let rules = SizeRules { max: VmSize { vcpus: 16, memory_mb: 4096 }, ..RULES };
+        let mut after = |quota| {
+            let to = resized(&record, &limits(0, quota), None, &rules)?;
+            assert_eq!(to.host_limits.cpu_quota.max(0), quota.max(0));
+            record.resized = Some(to.clone());
+            Ok::<_, SandboxError>(to.size.vcpus)
+        };
+        for (quota, vcpus) in [(50_000, 1), (150_000, 2), (-1, 2), (400_000, 4), (100_000, 1)] {
+            assert_eq!(after(quota).unwrap(), vcpus, "{quota}");
+        }
+        let error = after(500_000).unwrap_err().to_string();
+        assert!(error.contains("cpu_quota") && error.contains("may have 4"), "{error}");
+        record.spec.annotations = [(VCPUS.to_owned(), "1".to_owned())].into();
+        let error = resized(&record, &limits(0, 150_000), None, &rules).unwrap_err().to_string();
+        assert!(error.contains("may have 1, as its annotation says"), "{error}");
     }
 
     #[test]

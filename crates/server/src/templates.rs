@@ -19,6 +19,7 @@ use crate::{
         shim_process::{StartOrder, Templates},
     },
     status::chain,
+    vm_size::most_vcpus,
 };
 use a3s_box_types::shim::{Accel, Start, VmSize};
 use a3s_box_vmm::template::{self, Template, TemplateConfig};
@@ -283,6 +284,7 @@ impl Inner {
             kernel: self.vm.kernel.clone(),
             initramfs: self.vm.initramfs.clone(),
             size,
+            most_vcpus: most_vcpus(size, self.vm.max_size.vcpus),
             uid: self.vm.uid_base,
             disk_bytes: self.vm.disk_bytes,
             dir: PathBuf::new(),

@@ -51,6 +51,12 @@ pub fn vm_size(
     Ok(VmSize { vcpus, memory_mb })
 }
 
+/// As many processors as a machine of this size may grow to while it runs. Each that a kernel may get
+/// costs it memory, a quarter of a megabyte or more: room is for what a pod may want, not for all there is.
+pub fn most_vcpus(size: VmSize, max: u32) -> u32 {
+    size.vcpus.saturating_mul(4).min(max).max(size.vcpus)
+}
+
 fn annotated(key: &str, text: &str, min: u32, max: u32) -> Result<u32, SandboxError> {
     text.parse().ok().filter(|value| (min..=max).contains(value)).ok_or_else(|| {
         SandboxError::invalid(

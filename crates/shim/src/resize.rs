@@ -1,16 +1,24 @@
 //! Another size for a machine that runs.
 //!
 //! ```text
-//! grow:    memory is plugged in  ->  the containers' limit rises
-//! shrink:  the limit falls, or the call is refused  ->  memory is taken as the guest can spare it
+//! grow:    processors and memory are plugged in  ->  the containers' limit rises
+//! shrink:  the limit falls, or the call is refused  ->  memory is taken as the guest can spare it,
+//!          and processors are used no more
 //! ```
 
 use crate::service::Shim;
-use a3s_box_api::shim::v1 as shim;
+use a3s_box_api::{
+    agent::v1::{self as agent, agent_client::AgentClient},
+    shim::v1 as shim,
+};
 use a3s_box_types::shim::BoundaryConfig;
 use a3s_box_vmm::{Hardware, MoreMemory};
-use std::time::{Duration, Instant};
-use tonic::Status;
+use std::{
+    io::ErrorKind,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+use tonic::{Status, transport::Channel};
 
 /// A guest adds half a gigabyte within half a second translated; a busy host may need much longer.
 const GROW_PATIENCE: Duration = Duration::from_secs(60);
@@ -31,17 +39,51 @@ pub async fn resize(
     else {
         return Err(Status::failed_precondition("there is no machine to resize"));
     };
+    let had = shim.vcpus.load(Ordering::Relaxed);
+    let vcpus = if request.vcpus == 0 { had } else { request.vcpus };
+    if vcpus > had {
+        hardware.plug_processors(vcpus).await.map_err(|err| match err.kind() {
+            ErrorKind::InvalidInput => Status::resource_exhausted(err.to_string()),
+            _ => failed(&err),
+        })?;
+        use_processors(shim, &mut agent, vcpus).await?;
+    }
+    let resized = resize_memory(&hardware, &mut agent, start_mb, &request).await;
+    let vcpus = if resized.is_ok() { vcpus } else { had };
+    if vcpus < shim.vcpus.load(Ordering::Relaxed) {
+        use_processors(shim, &mut agent, vcpus).await?;
+    }
+    resized?;
+    Ok(shim::ResizeResponse { memory_mb: shim.memory_mb().await })
+}
+
+async fn use_processors(
+    shim: &Shim,
+    agent: &mut AgentClient<Channel>,
+    count: u32,
+) -> Result<(), Status> {
+    agent.set_processors(agent::SetProcessorsRequest { count }).await?;
+    shim.vcpus.store(count, Ordering::Relaxed);
+    Ok(())
+}
+
+async fn resize_memory(
+    hardware: &Hardware,
+    agent: &mut AgentClient<Channel>,
+    start_mb: u32,
+    request: &shim::ResizeRequest,
+) -> Result<(), Status> {
     let limits = request.limits.unwrap_or_default();
     let wanted = request.memory_mb.saturating_sub(start_mb);
     let before = hardware.more_memory().await.map_err(|err| failed(&err))?;
     if wanted > before.wanted_mb {
-        grow(&hardware, before, wanted).await?;
+        grow(hardware, before, wanted).await?;
         agent.limit_pod(limits).await?;
     } else {
         agent.limit_pod(limits).await?;
-        ask(&hardware, wanted, SHRINK_PATIENCE).await?;
+        ask(hardware, wanted, SHRINK_PATIENCE).await?;
     }
-    Ok(shim::ResizeResponse { memory_mb: shim.memory_mb().await })
+    Ok(())
 }
 
 async fn grow(hardware: &Hardware, before: MoreMemory, wanted: u32) -> Result<(), Status> {

@@ -24,7 +24,10 @@ use std::{
     collections::{BTreeMap, HashSet},
     ops::Deref,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Instant,
 };
 use tokio::sync::{mpsc, watch};
@@ -47,6 +50,8 @@ pub struct Shim {
     kernel_release: Mutex<String>,
     /// Held while the machine changes its size.
     pub(crate) resizing: tokio::sync::Mutex<()>,
+    /// Processors that the guest uses. Changes with `resizing` held.
+    pub(crate) vcpus: AtomicU32,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// Held through a creation, start or removal, by container.
     turns: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -65,9 +70,14 @@ impl Shim {
         since: Instant,
         stop: watch::Sender<bool>,
     ) -> Self {
+        let vcpus = match &config.boundary {
+            BoundaryConfig::Microvm(config) => config.vm.size.vcpus,
+            BoundaryConfig::Host(_) => 0,
+        };
         Self {
             folder: folder.to_owned(),
             config,
+            vcpus: vcpus.into(),
             boundary,
             share: Arc::new(share),
             disks: Disks::default(),
@@ -471,6 +481,7 @@ impl shim_server::Shim for Service {
             console_tail: self.boundary.console_tail(),
             clone_failed: self.boundary.clone_failed(),
             memory_mb,
+            vcpus: self.vcpus.load(Ordering::Relaxed),
         }))
     }
 

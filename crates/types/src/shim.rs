@@ -104,8 +104,18 @@ pub struct VmConfig {
     pub start: Start,
     /// Its size.
     pub size: VmSize,
+    /// As many processors it may ever have; fewer than its size says means as many as that.
+    #[serde(default)]
+    pub most_vcpus: u32,
     /// User and group id QEMU runs as; 0 is refused.
     pub uid: u32,
+}
+
+impl VmConfig {
+    /// The processors that the machine has no use for yet, by their numbers.
+    pub fn further_vcpus(&self) -> std::ops::Range<u32> {
+        self.size.vcpus..self.most_vcpus.max(self.size.vcpus)
+    }
 }
 
 /// A virtual machine's size; also the key of its template.

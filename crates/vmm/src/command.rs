@@ -1,6 +1,7 @@
 //! QEMU's command line: the same machine for template, clone and boot, so that a template's device
 //! state fits a clone. Change a device here and [`crate::template::FORMAT`] with it.
 
+use crate::madt;
 use a3s_box_sys::spawn::{Identity, Spawn};
 use a3s_box_types::shim::{Accel, VmConfig};
 use std::{
@@ -22,6 +23,8 @@ mod fd {
     pub(super) const INITRAMFS: i32 = 18;
     /// The device state a clone loads.
     pub(super) const STATE: i32 = 19;
+    /// The table of processors, for a guest that boots.
+    pub(super) const PROCESSORS: i32 = 20;
 }
 
 /// The address QMP's `migrate-incoming` takes for the device state.
@@ -55,11 +58,19 @@ pub(crate) struct Wires {
 /// Where the guest's memory and first instruction come from.
 pub(crate) enum Origin {
     /// A kernel; memory is QEMU's own.
-    Boot { kernel: OwnedFd, initramfs: OwnedFd },
+    Boot(Boot),
     /// A kernel; memory is the shared file `ram`.
-    Template { kernel: OwnedFd, initramfs: OwnedFd, ram: OwnedFd },
+    Template { boot: Boot, ram: OwnedFd },
     /// A private view of the sealed file `ram`, and the device state in `state`.
     Clone { ram: OwnedFd, state: OwnedFd },
+}
+
+/// What a guest boots from.
+pub(crate) struct Boot {
+    pub kernel: OwnedFd,
+    pub initramfs: OwnedFd,
+    /// The body of [`crate::madt`]'s table.
+    pub processors: OwnedFd,
 }
 
 /// QEMU for `config`, ready to start.
@@ -96,7 +107,9 @@ fn machine(qemu: &mut Spawn, config: &VmConfig) {
         // by byte, which is fast in hardware only.
         Accel::Tcg => args(qemu, &["-accel", "tcg,tb-size=128", "-cpu", "max,la57=off,erms=off"]),
     }
-    args(qemu, &["-smp", &config.size.vcpus.to_string()]);
+    let most = config.further_vcpus().end;
+    let smp = format!("cpus={},maxcpus={most},sockets=1,cores={most},threads=1", config.size.vcpus);
+    args(qemu, &["-smp", &smp]);
     let memory_mb = config.size.memory_mb;
     let most_mb = u64::from(memory_mb) + u64::from(MEMORY_ROOM_MB);
     args(qemu, &["-m", &format!("{memory_mb}M,maxmem={most_mb}M")]);
@@ -110,24 +123,29 @@ fn memory_and_start(qemu: &mut Spawn, config: &VmConfig, origin: Origin) {
             fd::RAM
         )
     };
-    let boot = |qemu: &mut Spawn, kernel: OwnedFd, initramfs: OwnedFd| {
-        qemu.fd(kernel, fd::KERNEL).fd(initramfs, fd::INITRAMFS);
+    let boot = |qemu: &mut Spawn, boot: Boot| {
+        qemu.fd(boot.kernel, fd::KERNEL).fd(boot.initramfs, fd::INITRAMFS);
         args(qemu, &["-kernel", &path(fd::KERNEL), "-initrd", &path(fd::INITRAMFS)]);
+        qemu.fd(boot.processors, fd::PROCESSORS);
+        let table = format!("sig=APIC,rev={},data={}", madt::REVISION, path(fd::PROCESSORS));
+        args(qemu, &["-acpitable", &table]);
         let more = match config.accel {
             Accel::Kvm => KVM_ARGS,
             Accel::Tcg => TCG_ARGS,
         };
-        args(qemu, &["-append", &format!("{KERNEL_ARGS} {more}")]);
+        // Our table of processors stands behind QEMU's, and not all in it are there yet.
+        let vcpus = format!("acpi_apic_instance=2 maxcpus={}", config.size.vcpus);
+        args(qemu, &["-append", &format!("{KERNEL_ARGS} {vcpus} {more}")]);
     };
     match origin {
-        Origin::Boot { kernel, initramfs } => {
+        Origin::Boot(from) => {
             args(qemu, &["-object", &format!("memory-backend-ram,id=ram,size={size}M")]);
-            boot(qemu, kernel, initramfs);
+            boot(qemu, from);
         }
-        Origin::Template { kernel, initramfs, ram } => {
+        Origin::Template { boot: from, ram } => {
             qemu.fd(ram, fd::RAM);
             args(qemu, &["-object", &file("on")]);
-            boot(qemu, kernel, initramfs);
+            boot(qemu, from);
         }
         Origin::Clone { ram, state } => {
             qemu.fd(ram, fd::RAM).fd(state, fd::STATE);

@@ -5,12 +5,16 @@
 //! device of the largest size it may ever have, nothing of it in use. From then on a disk is one command,
 //! and memory is given and taken by telling the device a number. What is taken is the host's again: the
 //! device has memory of its own, apart from the template's.
+//!
+//! Processors have places of their own, which cost a start nothing. The guest's kernel takes them for
+//! present since it booted ([`crate::madt`]) and finds them there when it is told to use them.
 
 use crate::{
     command::{MEMORY_ROOM_MB, SLOT},
     qmp::Qmp,
 };
-use serde_json::json;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 use std::{
     io,
     os::fd::BorrowedFd,
@@ -88,6 +92,30 @@ impl Hardware {
         memory(&mut qmp).await
     }
 
+    /// Plugs in processors until there are so many. They stay: it is the guest that uses fewer again.
+    ///
+    /// # Errors
+    /// More than there is room for, QEMU's refusal, or its end. Those that were plugged in stay.
+    pub async fn plug_processors(&self, count: u32) -> io::Result<()> {
+        let mut qmp = self.qmp.lock().await;
+        qmp.drop_events();
+        let answer = qmp.execute("query-hotpluggable-cpus", json!({})).await?;
+        let mut places: Vec<Place> = serde_json::from_value(answer)?;
+        if places.len() < count as usize {
+            let why = format!("{count} are more than the {} processors to have", places.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        places.sort_by_key(Place::number);
+        for place in places.into_iter().take(count as usize).filter(|place| place.device.is_none())
+        {
+            let mut order = place.props.clone();
+            order.insert("driver".to_owned(), place.model.clone().into());
+            order.insert("id".to_owned(), format!("processor-{}", place.number()).into());
+            qmp.execute("device_add", Value::Object(order)).await?;
+        }
+        Ok(())
+    }
+
     /// How much memory there is besides what the machine was started with.
     ///
     /// # Errors
@@ -162,6 +190,23 @@ impl Hardware {
         qmp.execute("device_add", disks).await?;
         self.plugged.store(true, Ordering::Relaxed);
         Ok(())
+    }
+}
+
+/// Where a processor is, or may be.
+#[derive(Debug, Deserialize)]
+struct Place {
+    #[serde(rename = "type")]
+    model: String,
+    props: Map<String, Value>,
+    /// The one that is there.
+    #[serde(rename = "qom-path")]
+    device: Option<String>,
+}
+
+impl Place {
+    fn number(&self) -> u32 {
+        self.props["core-id"].as_u64().map_or(0, |number| number as u32)
     }
 }
 

@@ -25,6 +25,7 @@ mod console;
 pub mod disk;
 mod error;
 mod hardware;
+mod madt;
 mod qmp;
 pub mod template;
 mod vm;

@@ -28,7 +28,7 @@ use std::{
 };
 
 /// Part of a template's key: what this file and the command line mean.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 /// The device state.
 pub const STATE_FILE: &str = "state";
 /// The guest's memory, sparse.
@@ -57,6 +57,8 @@ pub struct TemplateConfig {
     pub initramfs: PathBuf,
     /// Clones have this size.
     pub size: VmSize,
+    /// As many processors a clone may ever have, as [`VmConfig::most_vcpus`].
+    pub most_vcpus: u32,
     /// User id QEMU runs as.
     pub uid: u32,
     /// Size of the scratch disk in bytes.
@@ -82,7 +84,8 @@ pub fn key(config: &TemplateConfig) -> io::Result<String> {
         .output()
         .map_err(|err| io::Error::new(err.kind(), format!("{}: {err}", config.qemu.display())))?;
     hash.update(&version.stdout);
-    hash.update(format!("{:?} {:?} {}", config.accel, config.size, config.disk_bytes));
+    let TemplateConfig { accel, size, most_vcpus, disk_bytes, .. } = config;
+    hash.update(format!("{accel:?} {size:?} {most_vcpus} {disk_bytes}"));
     // Device state of one CPU model does not load on another.
     let model = fs::read_to_string("/proc/cpuinfo")?;
     hash.update(model.lines().find(|line| line.starts_with("model name")).unwrap_or_default());
@@ -140,11 +143,11 @@ where
         accel: config.accel,
         start: Start::Boot { kernel: config.kernel.clone(), initramfs: config.initramfs.clone() },
         size: config.size,
+        most_vcpus: config.most_vcpus,
         uid: config.uid,
     };
     let origin = Origin::Template {
-        kernel: vm::open(&config.kernel)?.into(),
-        initramfs: vm::open(&config.initramfs)?.into(),
+        boot: vm::boot(&vm_config, &config.kernel, &config.initramfs)?,
         ram: ram.try_clone().map_err(at(Stage::Prepare))?.into(),
     };
     let (mut vm, streams) =

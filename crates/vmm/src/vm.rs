@@ -5,18 +5,19 @@ use crate::{
     console::Console,
     error::{Stage, VmmError, at},
     hardware::Hardware,
+    madt,
     qmp::Qmp,
 };
-use a3s_box_sys::{pidfd, watch::watch};
+use a3s_box_sys::{memfd, pidfd, watch::watch};
 use a3s_box_types::shim::{Start, VmConfig};
 use std::{
     fs::File,
-    io,
+    io::{self, Write},
     os::{
         fd::OwnedFd,
         unix::{net::UnixStream, process::ExitStatusExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ExitStatus},
     sync::Arc,
     time::Duration,
@@ -83,7 +84,7 @@ impl Vm {
     pub async fn start(parts: VmParts) -> Result<(Self, VmStreams), VmmError> {
         let origin = match &parts.config.start {
             Start::Boot { kernel, initramfs } => {
-                Origin::Boot { kernel: open(kernel)?.into(), initramfs: open(initramfs)?.into() }
+                Origin::Boot(boot(&parts.config, kernel, initramfs)?)
             }
             Start::Clone { template } => Origin::Clone {
                 ram: parts.template_ram.ok_or_else(|| {
@@ -303,7 +304,27 @@ pub async fn wait_hello(
     }
 }
 
-pub(crate) fn open(path: &std::path::Path) -> Result<File, VmmError> {
+/// What a machine of this order boots from.
+pub(crate) fn boot(
+    config: &VmConfig,
+    kernel: &Path,
+    initramfs: &Path,
+) -> Result<command::Boot, VmmError> {
+    let table = || -> io::Result<OwnedFd> {
+        let mut table = memfd::create("a3s-box-processors")?;
+        // More of them have no number in this kind of table; QEMU refuses so many itself.
+        let count = u8::try_from(config.further_vcpus().end).unwrap_or(254);
+        table.write_all(&madt::body(count))?;
+        Ok(table.into())
+    };
+    Ok(command::Boot {
+        kernel: open(kernel)?.into(),
+        initramfs: open(initramfs)?.into(),
+        processors: table().map_err(at(Stage::Prepare))?,
+    })
+}
+
+pub(crate) fn open(path: &Path) -> Result<File, VmmError> {
     File::open(path)
         .map_err(|err| VmmError::new(Stage::Prepare, format!("open {}: {err}", path.display())))
 }

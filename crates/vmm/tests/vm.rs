@@ -76,6 +76,7 @@ fn vm_config(start: Start) -> VmConfig {
         accel: Accel::Tcg,
         start,
         size: VmSize { vcpus: 1, memory_mb: 256 },
+        most_vcpus: 2,
         uid: UID,
     }
 }
@@ -93,6 +94,7 @@ async fn built_template(dir: &Path) -> Template {
         kernel: guest.path("vmlinuz"),
         initramfs: guest.path("initramfs"),
         size: VmSize { vcpus: 1, memory_mb: 256 },
+        most_vcpus: 2,
         uid: UID,
         disk_bytes: DISK,
         dir: dir.join("template"),
@@ -210,6 +212,7 @@ async fn a_guest_that_cannot_start_is_an_error_with_its_last_words() {
         kernel,
         initramfs: empty,
         size: VmSize { vcpus: 1, memory_mb: 256 },
+        most_vcpus: 2,
         uid: UID,
         disk_bytes: DISK,
         dir: dir.path().join("template"),

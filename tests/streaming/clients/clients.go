@@ -149,6 +149,11 @@ func (f *Forward) Address(port int) string {
 	return fmt.Sprintf("127.0.0.1:%d", f.ports[uint16(port)])
 }
 
+// Lost is whether it has ended by itself.
+func (f *Forward) Lost() bool {
+	return len(f.ended) > 0
+}
+
 // Stop ends it and all its connections.
 func (f *Forward) Stop() error {
 	close(f.stop)

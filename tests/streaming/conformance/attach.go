@@ -57,9 +57,9 @@ func (a *attached) says(ctx context.Context, word string) error {
 }
 
 func attachCases(d clients.Dialect) []testCase {
-	to := func(name string, run func(context.Context, *container, *seen) error, changes ...change) testCase {
+	in := func(pod, name string, run func(context.Context, *container, *seen) error, changes ...change) testCase {
 		return testCase{d.Name + ", attach: " + name, func(ctx context.Context, n *node, s *seen) error {
-			p, err := n.pod(ctx, "shell")
+			p, err := n.pod(ctx, pod)
 			if err != nil {
 				return err
 			}
@@ -79,22 +79,27 @@ func attachCases(d clients.Dialect) []testCase {
 			return err
 		}}
 	}
+	to := func(name string, run func(context.Context, *container, *seen) error, changes ...change) testCase {
+		return in("shell", name, run, changes...)
+	}
+	conversation := func(ctx context.Context, c *container, s *seen) error {
+		a := c.join(ctx, d, false)
+		if err := a.says(ctx, "hello"); err != nil {
+			return err
+		}
+		if err := a.errors.shows(ctx, "err hello"); err != nil {
+			return err
+		}
+		a.keys.Write([]byte("exit\n"))
+		end := <-a.ended
+		s.text("stdout", a.screen.String())
+		s.text("stderr", a.errors.String())
+		s.end(end)
+		return c.exited(ctx)
+	}
 	cases := []testCase{
-		to("a conversation to the container's end", func(ctx context.Context, c *container, s *seen) error {
-			a := c.join(ctx, d, false)
-			if err := a.says(ctx, "hello"); err != nil {
-				return err
-			}
-			if err := a.errors.shows(ctx, "err hello"); err != nil {
-				return err
-			}
-			a.keys.Write([]byte("exit\n"))
-			end := <-a.ended
-			s.text("stdout", a.screen.String())
-			s.text("stderr", a.errors.String())
-			s.end(end)
-			return c.exited(ctx)
-		}, withStdin),
+		to("a conversation to the container's end", conversation, withStdin),
+		in(onTheNode, "a conversation in a pod on the node's network", conversation, withStdin),
 		to("two clients at once", func(ctx context.Context, c *container, s *seen) error {
 			a, b := c.join(ctx, d, false), c.join(ctx, d, false)
 			if err := meet(ctx, c, a, b); err != nil {

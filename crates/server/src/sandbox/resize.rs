@@ -19,7 +19,7 @@ use tracing::{info, warn};
 /// What UpdatePodSandboxResources asked for last; stronger than the spec.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resized {
-    /// Of the virtual machine; its processors stay.
+    /// Of the virtual machine.
     pub size: VmSize,
     /// Of all containers together, in bytes; 0: none.
     pub memory_limit: u64,
@@ -79,7 +79,8 @@ impl Driver {
 
     /// A former server may have saved an intent and no more.
     pub(super) fn resume_resize(&mut self, state: &shim::StateResponse) {
-        let done = state.memory_mb == self.record.size().memory_mb;
+        let VmSize { vcpus, memory_mb } = self.record.size();
+        let done = (state.vcpus, state.memory_mb) == (vcpus, memory_mb);
         if let Some(resized) = self.record.resized.clone().filter(|_| !done) {
             self.run_resize(Resizing { before: Some(resized), reply: None });
         }
@@ -88,13 +89,12 @@ impl Driver {
     fn run_resize(&mut self, resizing: Resizing) {
         let (deps, shim) = (self.deps.clone(), self.shim.clone());
         let (id, spec) = (self.record.id.clone(), self.record.spec_in_force());
-        let before_mb =
-            resizing.before.as_ref().map_or(self.record.spec.size, |b| b.size).memory_mb;
+        let before = resizing.before.as_ref().map_or(self.record.spec.size, |before| before.size);
         let to = self.record.resized.clone();
         self.jobs.resizing = Some(resizing);
         self.jobs.run(async move {
             let Some(to) = to else { return Done::Resized(Ok(())) };
-            Done::Resized(apply(&deps, &shim, &id, spec, &to, before_mb).await)
+            Done::Resized(apply(&deps, &shim, &id, spec, &to, before).await)
         });
     }
 
@@ -128,17 +128,18 @@ async fn apply(
     id: &SandboxId,
     mut spec: SandboxSpec,
     to: &Resized,
-    before_mb: u32,
+    before: VmSize,
 ) -> Result<(), SandboxError> {
     if spec.boundary() == Boundary::Host {
         return deps.shims.limit(id, &spec).await;
     }
-    let grows = to.size.memory_mb > before_mb;
+    let grows = to.size.memory_mb > before.memory_mb;
     if grows {
         deps.shims.limit(id, &spec).await?;
     }
     let order = shim::ResizeRequest {
         memory_mb: to.size.memory_mb,
+        vcpus: to.size.vcpus,
         limits: Some(agent::LimitPodRequest { memory_bytes: to.memory_limit }),
     };
     let has = shim.resize(order).await?.memory_mb;

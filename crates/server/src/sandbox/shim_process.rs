@@ -16,7 +16,7 @@ use super::{
     shims::Shims,
     spec::{Boundary, SandboxSpec},
 };
-use crate::{shim_client::ShimClient, status::chain};
+use crate::{shim_client::ShimClient, status::chain, vm_size::most_vcpus};
 use a3s_box_api::shim::v1 as shim;
 use a3s_box_sys::{
     cgroup::{Cgroup, Hierarchies, Limits},
@@ -112,6 +112,8 @@ pub struct Places {
     pub uid_count: u32,
     /// The most memory a machine may ever have, in MiB.
     pub most_memory_mb: u32,
+    /// The most processors that a machine may ever have.
+    pub max_vcpus: u32,
     /// For the shim's socket to listen.
     pub start_timeout: Duration,
 }
@@ -171,6 +173,7 @@ impl ShimProcesses {
                     accel: order.accel,
                     start: order.start,
                     size: spec.size,
+                    most_vcpus: most_vcpus(spec.size, self.places.max_vcpus),
                     uid: uid(id, self.places.uid_base, self.places.uid_count),
                 };
                 let order = MicrovmConfig {
@@ -695,6 +698,7 @@ mod tests {
             uid_base: 100_000,
             uid_count: 1000,
             most_memory_mb: 1024,
+            max_vcpus: 4,
             start_timeout: Duration::from_secs(10),
         };
         ShimProcesses::new(places, Arc::new(OneTemplate)).unwrap()

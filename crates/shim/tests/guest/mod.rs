@@ -14,6 +14,7 @@ use std::{
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const UID: u32 = 64_124;
+pub const MOST_VCPUS: u32 = 3;
 const SIZE: VmSize = VmSize { vcpus: 1, memory_mb: 512 };
 
 pub fn guest(name: &str) -> PathBuf {
@@ -37,6 +38,7 @@ pub fn template(dir: &Path) -> Template {
         kernel: guest("vmlinuz"),
         initramfs: guest("initramfs"),
         size: SIZE,
+        most_vcpus: MOST_VCPUS,
         uid: UID,
         disk_bytes: 1 << 30,
         dir: dir.join("template"),
@@ -49,7 +51,8 @@ pub fn template(dir: &Path) -> Template {
 }
 
 pub fn boundary(dir: &Path, start: Start) -> BoundaryConfig {
-    let vm = VmConfig { qemu: QEMU.into(), accel: Accel::Tcg, start, size: SIZE, uid: UID };
+    let (qemu, accel, most_vcpus) = (QEMU.into(), Accel::Tcg, MOST_VCPUS);
+    let vm = VmConfig { qemu, accel, start, size: SIZE, most_vcpus, uid: UID };
     let disk = dir.join("disk.ext4");
     BoundaryConfig::Microvm(MicrovmConfig { disk, disk_bytes: 1 << 30, most_memory_mb: 4096, vm })
 }

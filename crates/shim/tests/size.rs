@@ -1,4 +1,5 @@
-//! Memory of real guests: given and taken while containers use it, and missing in every way it can be.
+//! The size of real guests: memory and processors given and taken while containers use them, and memory
+//! that is missing in every way it can be.
 //! Needs `make guest` and root.
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +16,7 @@ use a3s_box_types::{
     shim::{Start, fd},
 };
 use common::{Sandbox, layer, request};
-use guest::{boundary, tap, template};
+use guest::{MOST_VCPUS, boundary, guest, tap, template};
 use serde_json::json;
 use std::{
     fs,
@@ -43,7 +44,7 @@ async fn pod(dir: &Path, cgroup: Option<&Cgroup>) -> Sandbox {
 
 async fn resize(sandbox: &mut Sandbox, memory_mb: u32, limit: u64) -> Result<u32, tonic::Status> {
     let limits = Some(agent::LimitPodRequest { memory_bytes: limit });
-    let order = shim::ResizeRequest { memory_mb, limits };
+    let order = shim::ResizeRequest { memory_mb, limits, vcpus: 0 };
     Ok(sandbox.client.resize(order).await?.into_inner().memory_mb)
 }
 
@@ -124,6 +125,60 @@ async fn a_pod_is_resized_under_load_and_loses_not_a_byte() {
     let state = sandbox.client.state(shim::StateRequest {}).await.unwrap().into_inner();
     assert_eq!(state.containers[0].exit, None, "{}", sandbox.log());
     assert_eq!(state.containers[0].container_id, id.as_str());
+    sandbox.shutdown().await;
+}
+
+/// The processors that the container sees.
+async fn seen(sandbox: &mut Sandbox, id: &ContainerId) -> String {
+    let seen = sandbox.exec(id, &["grep", "-c", "^processor", "/proc/cpuinfo"], 0).await.unwrap();
+    String::from_utf8_lossy(&seen.stdout).trim().to_owned()
+}
+
+#[tokio::test]
+async fn processors_come_and_go_under_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sandbox = pod(dir.path(), None).await;
+    let load = "while echo x >> /data/rounds; do :; done & while :; do :; done";
+    let id = start(&mut sandbox, 1, dir.path(), load, 0).await;
+    let rounds = dir.path().join("rounds");
+    said(rounds.clone()).await;
+    assert_eq!(seen(&mut sandbox, &id).await, "1");
+    for vcpus in [2, MOST_VCPUS, 1, 2] {
+        let order = shim::ResizeRequest { memory_mb: START_MB, limits: None, vcpus };
+        sandbox.client.resize(order).await.unwrap();
+        assert_eq!(seen(&mut sandbox, &id).await, vcpus.to_string());
+        let state = sandbox.client.state(shim::StateRequest {}).await.unwrap().into_inner();
+        assert_eq!(state.vcpus, vcpus);
+        let had = fs::metadata(&rounds).unwrap().len();
+        while fs::metadata(&rounds).unwrap().len() < had + 4 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    // What cannot be had changes nothing, and is said before anything else is done.
+    let order = shim::ResizeRequest { memory_mb: 1024, limits: None, vcpus: MOST_VCPUS + 1 };
+    let refused = sandbox.client.resize(order).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("processors"), "{}", refused.message());
+    let state = sandbox.client.state(shim::StateRequest {}).await.unwrap().into_inner();
+    assert_eq!((state.vcpus, state.memory_mb), (2, START_MB));
+    sandbox.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_machine_that_was_booted_has_its_further_processors_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let start_as = Start::Boot { kernel: guest("vmlinuz"), initramfs: guest("initramfs") };
+    let mut sandbox = Sandbox::unconfigured(dir.path(), boundary(dir.path(), start_as), |spawn| {
+        spawn.fd(tap(), fd::TAP);
+    })
+    .await;
+    let network = Some(agent::Network::default());
+    sandbox.configure(agent::ConfigureSandboxRequest { network, ..request() }).await;
+    let id = start(&mut sandbox, 1, dir.path(), "sleep 1000", 0).await;
+    assert_eq!(seen(&mut sandbox, &id).await, "1");
+    let order = shim::ResizeRequest { memory_mb: START_MB, limits: None, vcpus: MOST_VCPUS };
+    sandbox.client.resize(order).await.unwrap();
+    assert_eq!(seen(&mut sandbox, &id).await, MOST_VCPUS.to_string());
     sandbox.shutdown().await;
 }
 
