@@ -4,11 +4,15 @@
  *   inside lock FILE        takes a lock and keeps it; ends with 7 when somebody else has it
  *   inside listen SOCKET    answers each client with one line
  *   inside call SOCKET      prints that line
+ *   inside huge FILE COUNT  writes to so many huge pages of FILE, page by page; prints what the first had
  */
+#include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/inotify.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -48,6 +52,21 @@ static int lock(const char *path)
 	return 0;
 }
 
+static int huge(const char *path, int pages)
+{
+	const size_t page = 2 << 20;
+	int fd = open(path, O_RDWR | O_CREAT, 0600);
+	char *all = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (all == MAP_FAILED) {
+		perror(path);
+		return 1;
+	}
+	printf("first had %d\n", all[0]);
+	for (int i = 0; i < pages; i++)
+		all[i * page] = 7;
+	return 0;
+}
+
 static int stream(const char *path, int listening)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -74,6 +93,8 @@ int main(int count, char **words)
 {
 	if (count > 2 && !strcmp(words[1], "watch"))
 		return watch(count - 2, words + 2);
+	if (count == 4 && !strcmp(words[1], "huge"))
+		return huge(words[2], atoi(words[3]));
 	if (count == 3 && !strcmp(words[1], "lock"))
 		return lock(words[2]);
 	if (count == 3 && (!strcmp(words[1], "listen") || !strcmp(words[1], "call")))

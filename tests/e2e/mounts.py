@@ -263,3 +263,36 @@ def a_path_of_the_host_may_be_anything_that_kubelet_prepares(node):
         crictl("rmp", pod)
     finally:
         subprocess.run(["umount", below], check=False)
+
+
+@test
+def huge_pages_are_as_many_as_the_limit_says_and_shared_by_the_pod(node):
+    volume = folder(node, "huge")
+    subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "x", volume], check=True)
+    try:
+        pod, config = node.run_pod()
+        limits = lambda bytes, size="2MB": {"resources": {"hugepage_limits": [{"page_size": size, "limit": bytes}]}}
+        pool = lambda container: int(sh(container, "cat /proc/sys/vm/nr_hugepages"))
+        mounts = [bind(volume, at="/huge"), inside(node)]
+        first = node.container(pod, config, ["sleep", "1000"], mounts=mounts, linux=limits(16 << 20))
+        second = node.container(pod, config, ["sleep", "1000"], mounts=mounts, linux=limits(8 << 20))
+        assert pool(first) == 12
+        assert sh(first, "/inside huge /huge/a 8") == "first had 0"
+        assert sh(second, "/inside huge /huge/a 1") == "first had 7"
+        # One page more than its limit: the kernel says so to the process alone.
+        said = sh(second, "rm /huge/a; /inside huge /huge/b 5; echo ended with $?")
+        assert "ended with 135" in said, said
+        assert node.state(second)["resources"]["linux"]["hugepageLimits"] == [{"pageSize": "2MB", "limit": str(8 << 20)}]
+        for what, word in ((limits(100 << 30), "its machine needs more memory"), (limits(1 << 30, "1GB"), "hugepage_limits[1GB]"),
+                           (limits(1, "2MB"), "no whole number of pages")):
+            spec = {"metadata": {"name": "no"}, "image": {"image": BUSYBOX}, "command": ["true"], "linux": what}
+            said = crictl("create", pod, node.file("no.json", spec), config, fails=True)
+            assert word in said, said
+        assert pool(first) == 12
+        crictl("rm", "-f", second)
+        assert pool(first) == 8
+        none = node.container(pod, config, ["sleep", "1000"], mounts=mounts, linux=limits(0))
+        assert sh(none, "/inside huge /huge/c 1 || echo ended with $?").startswith("ended with 135")
+        node.remove(pod)
+    finally:
+        subprocess.run(["umount", volume], check=True)

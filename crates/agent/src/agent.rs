@@ -6,6 +6,7 @@ use crate::{
     device_rules::DeviceRules,
     error::{Error, Step},
     events::Events,
+    huge_pages::HugePages,
     launcher::{Descriptors, Launcher},
     layers::Layers,
     plan::Plan,
@@ -41,6 +42,8 @@ pub struct Agent {
     pub events: Events,
     /// Mounted image layers.
     pub layers: Layers,
+    /// Those of a guest.
+    pub huge_pages: HugePages,
     /// What containers mount in their volumes.
     pub volume_mounts: VolumeMounts,
     /// Compiled seccomp profiles.
@@ -81,6 +84,7 @@ impl Agent {
             watcher: Watcher::new().step("inotify")?,
             events: Events::default(),
             layers: Layers::new(&config),
+            huge_pages: HugePages::default(),
             volume_mounts: VolumeMounts::new(&config),
             filters: Filters::default(),
             device_rules: DeviceRules::default(),

@@ -67,6 +67,11 @@ impl Config {
         self.runtime.join("shm")
     }
 
+    /// Mounts of huge pages.
+    pub fn huge_pages(&self) -> PathBuf {
+        self.runtime.join("huge-pages")
+    }
+
     /// The pod's version of a file of /etc.
     pub fn etc(&self, name: &str) -> PathBuf {
         self.runtime.join(name)

@@ -87,6 +87,7 @@ pub struct Container {
 /// What has to be undone when a container goes.
 #[derive(Debug, Clone)]
 struct Files {
+    container: String,
     layers: Vec<String>,
     scratch: PathBuf,
     upper: PathBuf,
@@ -134,6 +135,7 @@ async fn make(
         }
     };
     let mut files = Files {
+        container: id.clone(),
         layers: Vec::new(),
         scratch: agent.config.scratch.join(&id),
         upper: agent.config.scratch.join(&id).join("upper"),
@@ -191,6 +193,18 @@ fn prepare(
     let filter = spec.seccomp.as_ref().map(|profile| agent.filters.get(profile)).transpose()?;
     files.cgroup.create()?;
     files.cgroup.limit(&spec.limits, agent.device_rules.get(&spec.rules)?.as_fd())?;
+    if let Some(bytes) = spec.huge_pages {
+        agent.huge_pages.hold(&files.container, bytes)?;
+    }
+    let huge = agent.config.huge_pages();
+    for mount in &spec.mounts {
+        match &mount.kind {
+            MountKind::Bind { source, .. } if source.starts_with(&huge) => {
+                agent.huge_pages.mount(source)?;
+            }
+            _ => {}
+        }
+    }
     let mut acquire = |names: &[String]| -> Result<Vec<PathBuf>, Error> {
         let mut layers = Vec::with_capacity(names.len());
         for name in names {
@@ -424,14 +438,22 @@ pub async fn start(agent: &Agent, id: &str) -> Result<api::StartContainerRespons
 
 /// Puts other limits in force.
 pub async fn update(
-    agent: &Agent,
+    agent: &Arc<Agent>,
     request: api::UpdateContainerRequest,
 ) -> Result<api::UpdateContainerResponse, Error> {
     let container = agent.container(&request.container_id)?;
     let resources: LinuxResources = serde_json::from_slice(&request.resources)
         .map_err(|error| Error::invalid(format!("resources: {error}")))?;
     let limits = limits::read(Some(&resources))?;
-    blocking(move || container.cgroup.update(&limits)).await?;
+    let huge_pages = spec::huge_pages(Some(&resources), &agent.config)?;
+    let agent = Arc::clone(agent);
+    blocking(move || {
+        if let Some(bytes) = huge_pages {
+            agent.huge_pages.hold(&container.id, bytes)?;
+        }
+        container.cgroup.update(&limits)
+    })
+    .await?;
     Ok(api::UpdateContainerResponse {})
 }
 
@@ -488,6 +510,9 @@ async fn undo(agent: &Arc<Agent>, files: Files) -> Result<(), Error> {
     let agent = Arc::clone(agent);
     blocking(move || {
         files.cgroup.remove()?;
+        if agent.config.boundary == Boundary::Guest {
+            agent.huge_pages.hold(&files.container, 0)?;
+        }
         match fs::remove_dir_all(&files.scratch) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             result => result.step(format_args!("remove {}", files.scratch.display()))?,

@@ -22,6 +22,7 @@ mod disks;
 mod error;
 mod events;
 mod exec;
+mod huge_pages;
 mod launcher;
 mod layers;
 mod limits;

@@ -3,6 +3,7 @@
 use crate::{
     config::{Boundary, Config},
     error::Error,
+    huge_pages,
     plan::{IdMap, Mount, MountKind, SerdeChange},
 };
 use a3s_box_sys::mount_attr::{flag, propagation};
@@ -15,6 +16,9 @@ const KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2
 /// Type of the mounts that show an image.
 const IMAGE: &str = "image";
 
+/// Type of the mounts that stand for a volume of huge pages; their source is the volume's path on the host.
+const HUGE_PAGES: &str = "hugetlbfs";
+
 /// The mounts in order; `ids` are those of the container's user namespace. A mount of the spec replaces the default at the same place, in its place.
 pub fn read(
     spec: &[oci::Mount],
@@ -24,7 +28,7 @@ pub fn read(
 ) -> Result<Vec<Mount>, Error> {
     let mut asked = Vec::with_capacity(spec.len());
     for mount in spec {
-        asked.push(read_one(mount, config.boundary, ids)?);
+        asked.push(read_one(mount, config, ids)?);
     }
     let mut all = Vec::new();
     for default in defaults(config, readonly_root) {
@@ -98,7 +102,7 @@ fn defaults(config: &Config, readonly_root: bool) -> Vec<Mount> {
     ]
 }
 
-fn read_one(mount: &oci::Mount, boundary: Boundary, ids: Option<IdMap>) -> Result<Mount, Error> {
+fn read_one(mount: &oci::Mount, config: &Config, ids: Option<IdMap>) -> Result<Mount, Error> {
     let destination = normal(mount.destination())?;
     let what = format!("mount {}", destination.display());
     let (uids, gids) = (mount.uid_mappings(), mount.gid_mappings());
@@ -132,7 +136,7 @@ fn read_one(mount: &oci::Mount, boundary: Boundary, ids: Option<IdMap>) -> Resul
         }
         // In the pod's mount namespace everything of the node's is a slave.
         let shared = options.propagation.is_some_and(|(kind, _)| kind == propagation::SHARED);
-        let from_node = shared && boundary == Boundary::Host;
+        let from_node = shared && config.boundary == Boundary::Host;
         return Ok(Mount {
             destination,
             kind: MountKind::Bind { source, recursive, from_node },
@@ -151,6 +155,19 @@ fn read_one(mount: &oci::Mount, boundary: Boundary, ids: Option<IdMap>) -> Resul
             kind: MountKind::Image { layers: Vec::new(), sub_path: PathBuf::new() },
             changes: options.changes(),
             mapped: true,
+        });
+    }
+    if kind == HUGE_PAGES && config.boundary == Boundary::Guest {
+        let volume = mount.source().clone().unwrap_or_default();
+        return Ok(Mount {
+            destination,
+            kind: MountKind::Bind {
+                source: huge_pages::folder(config, &volume),
+                recursive: false,
+                from_node: false,
+            },
+            changes: options.changes(),
+            mapped: false,
         });
     }
     // One hierarchy is all there is; the old name is what specs have.

@@ -2,8 +2,9 @@
 //! be honoured is refused by its name; nothing is accepted and ignored.
 
 use crate::{
-    config::Config,
+    config::{Boundary, Config},
     error::Error,
+    huge_pages,
     limits::{self, Limits},
     mounts,
     plan::{Capabilities, Device, DeviceKind, IdMap, Process, Rlimit},
@@ -25,6 +26,8 @@ pub struct Container {
     pub ids: Option<IdMap>,
     /// Limits.
     pub limits: Limits,
+    /// Bytes of the guest's huge pages that it may use.
+    pub huge_pages: Option<u64>,
     /// Device rules.
     pub rules: Vec<Rule>,
     /// Seccomp profile.
@@ -91,6 +94,7 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
         namespaces,
         ids,
         limits: limits::read(resources)?,
+        huge_pages: huge_pages(resources, config)?,
         rules: rules(resources, &devices)?,
         seccomp: linux.seccomp().clone(),
         mounts,
@@ -106,6 +110,17 @@ pub fn read(json: &[u8], config: &Config) -> Result<Container, Error> {
         sysctls: linux.sysctl().clone().unwrap_or_default().into_iter().collect(),
         process: read_process(process)?,
     })
+}
+
+/// Bytes of a guest's huge pages; the node's are not the agent's to keep ready.
+pub fn huge_pages(
+    resources: Option<&oci::LinuxResources>,
+    config: &Config,
+) -> Result<Option<u64>, Error> {
+    match resources.filter(|_| config.boundary == Boundary::Guest) {
+        Some(resources) => huge_pages::limit(resources),
+        None => Ok(None),
+    }
 }
 
 fn refuse(spec: &Spec, linux: &oci::Linux) -> Result<(), Error> {

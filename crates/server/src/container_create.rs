@@ -20,6 +20,9 @@ use a3s_box_sys::mount_table;
 use a3s_box_types::{ContainerId, SandboxId};
 use std::{collections::BTreeMap, fs, io, path::Path, sync::Arc};
 
+/// Of `statfs`.
+const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
+
 /// Makes the container, or joins the making of the same one.
 ///
 /// `sandbox_config` repeats what the sandbox was made with; the sandbox's own is used.
@@ -112,7 +115,7 @@ pub(crate) fn prepare(
 ) -> Result<NewContainer, SandboxError> {
     let config = image.config.config().clone().unwrap_or_default();
     let stop_signal = stop_signal(spec.stop_signal, config.stop_signal().as_deref())?;
-    let oci = oci_spec(&with_real_sources(&spec)?, sandbox, &image.config)?;
+    let oci = oci_spec(&with_real_sources(&spec, sandbox.boundary())?, sandbox, &image.config)?;
     let oci_json = serde_json::to_vec(&oci)
         .map_err(|error| SandboxError::step("write the OCI spec", error))?;
     let log_path = log_path(sandbox, &spec)?;
@@ -204,8 +207,12 @@ fn user(spec: &ContainerSpec, image_user: &str) -> agent::User {
     }
 }
 
-/// The spec with every mount's source made if it is missing, and without symbolic links.
-fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError> {
+/// The spec with every mount's source made if it is missing, and without symbolic links. What lies in huge
+/// pages of the node is a volume of a guest's own.
+fn with_real_sources(
+    spec: &ContainerSpec,
+    boundary: Boundary,
+) -> Result<ContainerSpec, SandboxError> {
     let mut spec = spec.clone();
     for mount in spec.mounts.iter_mut().filter(|mount| mount.image.is_none()) {
         let failed = |error: io::Error| {
@@ -218,6 +225,8 @@ fn with_real_sources(spec: &ContainerSpec) -> Result<ContainerSpec, SandboxError
             fs::create_dir_all(path).map_err(failed)?;
         }
         let real = fs::canonicalize(path).map_err(failed)?;
+        let file_system = rustix::fs::statfs(&real).map_err(|error| failed(error.into()))?;
+        mount.huge_pages = boundary == Boundary::Microvm && file_system.f_type == HUGETLBFS_MAGIC;
         if mount.propagation == Propagation::Bidirectional {
             shared_mount(&real).map_err(failed)?;
         }

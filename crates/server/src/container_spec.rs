@@ -194,6 +194,8 @@ fn mount(mount: &cri::Mount, pod: Option<UserNamespace>) -> Result<MountSpec, Sa
         recursive_readonly: mount.recursive_read_only,
         selinux_relabel: mount.selinux_relabel,
         id_mapped,
+        // Its file system tells, once the path is looked at.
+        huge_pages: false,
         propagation,
         options: mount.mount_options.clone(),
     })
@@ -245,7 +247,7 @@ pub fn resources(
     resources: &cri::LinuxContainerResources,
     boundary: Boundary,
 ) -> Result<Resources, SandboxError> {
-    security::no_huge_pages(at, resources)?;
+    let huge_pages = security::huge_pages(at, resources, boundary)?;
     for (field, value) in [
         ("cpu_period", resources.cpu_period),
         ("cpu_shares", resources.cpu_shares),
@@ -280,6 +282,7 @@ pub fn resources(
         memory_limit: resources.memory_limit_in_bytes,
         memory_swap_limit: resources.memory_swap_limit_in_bytes,
         oom_score_adj: resources.oom_score_adj,
+        huge_pages,
         unified: resources.unified.clone().into_iter().collect(),
     })
 }

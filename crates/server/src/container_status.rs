@@ -134,7 +134,11 @@ fn resources(resources: &Resources) -> cri::LinuxContainerResources {
         oom_score_adj: resources.oom_score_adj,
         cpuset_cpus: resources.cpuset_cpus.clone(),
         cpuset_mems: resources.cpuset_mems.clone(),
+        hugepage_limits: resources.huge_pages.iter().map(hugepage_limit).collect(),
         unified: resources.unified.clone().into_iter().collect(),
-        ..Default::default()
     }
+}
+
+fn hugepage_limit((size, limit): (&String, &u64)) -> cri::HugepageLimit {
+    cri::HugepageLimit { page_size: size.clone(), limit: *limit }
 }

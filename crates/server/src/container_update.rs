@@ -74,6 +74,8 @@ fn merge(old: &Resources, new: Resources) -> Result<Resources, SandboxError> {
     let text = |new: String, old: &String| if new.is_empty() { old.clone() } else { new };
     let mut unified = old.unified.clone();
     unified.extend(new.unified);
+    let mut huge_pages = old.huge_pages.clone();
+    huge_pages.extend(new.huge_pages);
     Ok(Resources {
         cpu_period: number(new.cpu_period, old.cpu_period),
         cpu_quota: number(new.cpu_quota, old.cpu_quota),
@@ -83,6 +85,7 @@ fn merge(old: &Resources, new: Resources) -> Result<Resources, SandboxError> {
         memory_limit: number(new.memory_limit, old.memory_limit),
         memory_swap_limit: number(new.memory_swap_limit, old.memory_swap_limit),
         oom_score_adj: old.oom_score_adj,
+        huge_pages,
         unified,
     })
 }

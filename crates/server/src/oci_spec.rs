@@ -18,9 +18,9 @@ use crate::{
 use oci_spec::{
     image::{Config, ImageConfiguration},
     runtime::{
-        Linux, LinuxCpu, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping,
-        LinuxIdMappingBuilder, LinuxMemory, LinuxNamespace, LinuxNamespaceType, LinuxResources,
-        Mount, Process, Root, Spec,
+        Linux, LinuxCpu, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxHugepageLimit,
+        LinuxIdMapping, LinuxIdMappingBuilder, LinuxMemory, LinuxNamespace, LinuxNamespaceType,
+        LinuxResources, Mount, Process, Root, Spec,
     },
 };
 
@@ -133,12 +133,16 @@ fn own(spec: &MountSpec, ids: Option<&Mappings>) -> Mount {
     let mut mount = match &spec.image {
         // Its layers are the agent's to find.
         Some(image) => mount(&spec.container_path, "image", &image.name.image, &["ro"]),
+        None if spec.huge_pages => {
+            let access = if spec.readonly { "ro" } else { "rw" };
+            mount(&spec.container_path, "hugetlbfs", &spec.host_path, &[access])
+        }
         None => bind(spec),
     };
     if let Some(options) = mount.options_mut() {
         options.extend(spec.options.iter().cloned());
     }
-    if let Some((uids, gids)) = ids.filter(|_| spec.id_mapped) {
+    if let Some((uids, gids)) = ids.filter(|_| spec.id_mapped && !spec.huge_pages) {
         mount.set_uid_mappings(Some(uids.clone())).set_gid_mappings(Some(gids.clone()));
     }
     mount
@@ -306,6 +310,14 @@ pub fn resources(
     }
     let mut resources = LinuxResources::default();
     resources.set_cpu(Some(cpu)).set_memory(Some(memory)).set_devices(Some(devices));
+    let huge = |(size, bytes): (&String, &u64)| {
+        let mut limit = LinuxHugepageLimit::default();
+        limit.set_page_size(size.clone()).set_limit(i64::try_from(*bytes).unwrap_or(i64::MAX));
+        limit
+    };
+    if !given.huge_pages.is_empty() {
+        resources.set_hugepage_limits(Some(given.huge_pages.iter().map(huge).collect()));
+    }
     if !given.unified.is_empty() {
         resources.set_unified(Some(given.unified.clone().into_iter().collect()));
     }
@@ -437,6 +449,7 @@ mod tests {
             recursive_readonly: false,
             selinux_relabel: false,
             id_mapped: false,
+            huge_pages: false,
             propagation,
             options: Vec::new(),
         }

@@ -4,13 +4,17 @@
 
 use crate::{
     config::{Handler, HostNamespaces},
-    sandbox::{SandboxError, spec::NodeNamespaces},
+    sandbox::{
+        SandboxError,
+        spec::{Boundary, NodeNamespaces},
+    },
 };
 use a3s_box_api::cri::{
     LinuxContainerResources, NamespaceMode, NamespaceOption, SeLinuxOption, SecurityProfile,
     security_profile::ProfileType,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 const NAMESPACES: &str = "linux.security_context.namespace_options";
 
@@ -164,12 +168,45 @@ fn not_the_pods(namespace: &str, mode: NamespaceMode) -> SandboxError {
     )
 }
 
-/// Huge pages: pods have none, so only a limit of zero holds. kubelet sends zeros for every size.
+/// What guests have without being asked for it at boot.
+const HUGE_PAGE: &str = "2MB";
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+/// Bytes of huge pages by size. kubelet sends zeros for every size of its node.
+pub fn huge_pages(
+    field: &str,
+    resources: &LinuxContainerResources,
+    boundary: Boundary,
+) -> Result<BTreeMap<String, u64>, SandboxError> {
+    let mut sizes = BTreeMap::new();
+    for limit in &resources.hugepage_limits {
+        let (size, field) =
+            (&limit.page_size, format!("{field}.hugepage_limits[{}]", limit.page_size));
+        if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(SandboxError::invalid(field, "is no size, such as 2MB"));
+        }
+        if boundary == Boundary::Microvm && size != HUGE_PAGE {
+            if limit.limit > 0 {
+                let why = format!("the huge pages of a guest are of {HUGE_PAGE}");
+                return Err(SandboxError::unsupported(field, why));
+            }
+            continue;
+        }
+        if size == HUGE_PAGE && limit.limit % HUGE_PAGE_BYTES != 0 {
+            let why = format!("{} bytes are no whole number of pages", limit.limit);
+            return Err(SandboxError::invalid(field, why));
+        }
+        sizes.insert(size.clone(), limit.limit);
+    }
+    Ok(sizes)
+}
+
+/// Refuses huge pages where only a limit of zero holds.
 pub fn no_huge_pages(field: &str, resources: &LinuxContainerResources) -> Result<(), SandboxError> {
     match resources.hugepage_limits.iter().find(|limit| limit.limit > 0) {
         Some(limit) => Err(SandboxError::unsupported(
             format!("{field}.hugepage_limits[{}]", limit.page_size),
-            "pods have no huge pages",
+            "a container has such limits; its pod's memory, of which they are part, is annotations[a3s.box/memory-mb]",
         )),
         None => Ok(()),
     }

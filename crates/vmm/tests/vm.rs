@@ -26,7 +26,7 @@ const DISK: u64 = 1 << 30;
 
 /// Kernel and an initramfs whose init is `tests/guest/init.c`, made once per test run.
 struct Guest {
-    dir: tempfile::TempDir,
+    dir: PathBuf,
 }
 
 impl Guest {
@@ -36,22 +36,24 @@ impl Guest {
     }
 
     fn make() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        // It is never dropped, so its place is not among what goes with a test.
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
+        fs::create_dir_all(&dir).unwrap();
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let init = dir.path().join("init");
+        let init = dir.join("init");
         run(Command::new("gcc")
             .args(["-static", "-O2", "-w", "-o"])
             .arg(&init)
             .arg(here.join("tests/guest/init.c")));
         run(Command::new(here.join("../../guest/build.sh"))
-            .arg(dir.path())
+            .arg(&dir)
             .arg(&init)
             .env("GUEST_CACHE", here.join("../../target/guest/cache")));
         Self { dir }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.dir.join(name)
     }
 }
 

@@ -79,6 +79,9 @@ pub struct MountSpec {
     /// Its files' owners are the pod's ids, not the guest's.
     #[serde(default)]
     pub id_mapped: bool,
+    /// It is a volume of huge pages, which a guest has of its own.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// Which later mounts are seen.
     pub propagation: Propagation,
     /// Further flags of the mount, each of which takes something away.
@@ -141,6 +144,9 @@ pub struct Resources {
     pub memory_swap_limit: i64,
     /// -1000 to 1000.
     pub oom_score_adj: i64,
+    /// Bytes of huge pages, by their size as cgroups write it (`2MB`).
+    #[serde(default)]
+    pub huge_pages: BTreeMap<String, u64>,
     /// cgroup v2 files, written as they are.
     pub unified: BTreeMap<String, String>,
 }

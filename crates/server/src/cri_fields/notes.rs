@@ -19,6 +19,7 @@ pub enum Word {
 
 use Word::{Meaningless, OnlyInMachines, OnlyOnTheNode, Refused, Told};
 
+const A_CONTAINERS: &str = "a container has such limits; for its pod a limit of 0 holds";
 const PAUSE: &str = "is the pause process's, which there is none of";
 const NO_SWAP: &str = "a guest has no swap, so any limit of it holds";
 const KUBELETS: &str = "the pod's own cgroup has its limits from kubelet";
@@ -79,11 +80,10 @@ const NOTES: &[Note] = &[
     ("LinuxSandboxSecurityContext.supplemental_groups_policy", Meaningless, PAUSE),
     ("LinuxSandboxSecurityContext.seccomp", Meaningless, PAUSE),
     ("LinuxSandboxSecurityContext.seccomp_profile_path", Meaningless, PAUSE),
-    (
-        "LinuxContainerResources.hugepage_limits",
-        Refused,
-        "pods have no huge pages; a limit of 0 holds",
-    ),
+    ("RunPodSandboxRequest.config.linux.resources.hugepage_limits", Refused, A_CONTAINERS),
+    ("RunPodSandboxRequest.config.linux.overhead.hugepage_limits", Refused, A_CONTAINERS),
+    ("UpdatePodSandboxResourcesRequest.resources.hugepage_limits", Refused, A_CONTAINERS),
+    ("UpdatePodSandboxResourcesRequest.overhead.hugepage_limits", Refused, A_CONTAINERS),
     (
         "RunPodSandboxRequest.config.linux.resources.memory_swap_limit_in_bytes",
         Meaningless,
