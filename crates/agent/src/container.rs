@@ -18,7 +18,7 @@ use crate::{
     limits, mounts,
     plan::{ContainerPlan, IdMap, Inner, Mount, MountKind, Plan, Process, User, WantedUser},
     pod_limit,
-    reaper::{Ended, now},
+    reaper::Ended,
     seccomp_filter::Filter,
     spawn::Gate,
     spec,
@@ -425,7 +425,6 @@ pub async fn start(agent: &Agent, id: &str) -> Result<api::StartContainerRespons
         return Err(Error::NotNow(format!("container {id} was started before")));
     };
     gate.open().await?;
-    let started_at = now();
     container.state.send_if_modified(|state| {
         let created = *state == State::Created;
         if created {
@@ -433,7 +432,7 @@ pub async fn start(agent: &Agent, id: &str) -> Result<api::StartContainerRespons
         }
         created
     });
-    Ok(api::StartContainerResponse { started_at })
+    Ok(api::StartContainerResponse {})
 }
 
 /// Puts other limits in force.

@@ -101,7 +101,7 @@ impl Reaper {
 }
 
 /// Unix nanoseconds.
-pub fn now() -> i64 {
+fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }

@@ -35,8 +35,7 @@ async fn init_waits_for_start_and_a_signal_ends_it_with_its_number() {
     assert!(created.guest_pid > 1);
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!mark.join("ran").exists());
-    let started = sandbox.start(1).await.unwrap();
-    assert!(started.started_at > 1_600_000_000_000_000_000);
+    sandbox.start(1).await.unwrap();
     while !mark.join("ran").exists() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -15,7 +15,7 @@ use a3s_box_types::{
     ContainerId,
     shim::{Start, fd},
 };
-use common::{Sandbox, layer, request};
+use common::{Sandbox, layer, order, request, spec};
 use guest::{MOST_VCPUS, boundary, guest, tap, template};
 use serde_json::json;
 use std::{
@@ -61,31 +61,13 @@ async fn start(
         layer(dir);
     }
     let id = ContainerId::from_random([number; 32]);
-    let mut resources = json!({});
+    let mut spec = spec(script, dir);
+    let mem = json!({ "destination": "/mem", "type": "tmpfs", "source": "tmpfs", "options": ["size=2g"] });
+    spec["mounts"].as_array_mut().unwrap().push(mem);
     if limit > 0 {
-        resources = json!({ "memory": { "limit": limit } });
+        spec["linux"]["resources"] = json!({ "memory": { "limit": limit } });
     }
-    let spec = json!({
-        "ociVersion": "1.1.0",
-        "root": { "path": "rootfs" },
-        "process": { "args": ["/bin/sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"],
-                     "user": { "uid": 0, "gid": 0 } },
-        "mounts": [
-            { "destination": "/proc", "type": "proc", "source": "proc" },
-            { "destination": "/mem", "type": "tmpfs", "source": "tmpfs",
-              "options": ["size=2g"] },
-            { "destination": "/data", "type": "bind", "source": dir, "options": ["rbind", "rw"] },
-        ],
-        "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "cgroup" }],
-                   "resources": resources },
-    });
-    let container = agent::CreateContainerRequest {
-        container_id: id.to_string(),
-        oci_spec: serde_json::to_vec(&spec).unwrap().into(),
-        layers: vec![blob.to_str().unwrap().to_owned()],
-        user: Some(agent::User::default()),
-        ..Default::default()
-    };
+    let container = order(&id, &blob, &spec);
     sandbox.create_as(container, &dir.join(format!("{number}.log"))).await;
     sandbox.run(&id).await;
     id

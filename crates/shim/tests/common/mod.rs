@@ -11,7 +11,7 @@ use a3s_box_types::{
     shim::{BoundaryConfig, CONFIG_FILE, SOCKET_FILE, ShimConfig, fd},
 };
 use hyper_util::rt::TokioIo;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     fs,
     io::Read,
@@ -63,6 +63,32 @@ pub fn request() -> agent::ConfigureSandboxRequest {
         sandbox_id: "07".repeat(32),
         hostname: "pod-1".to_owned(),
         dns: Some(agent::Dns::default()),
+        ..Default::default()
+    }
+}
+
+/// A container's spec: it runs `script` and has `volume` at /data.
+pub fn spec(script: &str, volume: &Path) -> Value {
+    json!({
+        "ociVersion": "1.1.0",
+        "root": { "path": "rootfs" },
+        "process": { "args": ["/bin/sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"],
+                     "user": { "uid": 0, "gid": 0 } },
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/data", "type": "bind", "source": volume, "options": ["rbind", "rw"] },
+        ],
+        "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "cgroup" }] },
+    })
+}
+
+/// The order to make it from one layer.
+pub fn order(id: &ContainerId, layer: &Path, spec: &Value) -> agent::CreateContainerRequest {
+    agent::CreateContainerRequest {
+        container_id: id.to_string(),
+        oci_spec: serde_json::to_vec(spec).unwrap().into(),
+        layers: vec![layer.to_str().unwrap().to_owned()],
+        user: Some(agent::User::default()),
         ..Default::default()
     }
 }
@@ -151,26 +177,12 @@ impl Sandbox {
         volume: &Path,
         pid_mode: agent::PidMode,
     ) {
-        let spec = json!({
-            "ociVersion": "1.1.0",
-            "root": { "path": "rootfs" },
-            "process": { "args": ["/bin/sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"],
-                         "user": { "uid": 0, "gid": 0 } },
-            "mounts": [
-                { "destination": "/proc", "type": "proc", "source": "proc" },
-                { "destination": "/data", "type": "bind", "source": volume, "options": ["rbind", "rw"] },
-            ],
-            "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "cgroup" }] },
-        });
-        let container = agent::CreateContainerRequest {
-            container_id: id.to_string(),
-            oci_spec: serde_json::to_vec(&spec).unwrap().into(),
-            layers: vec![blob.to_str().unwrap().to_owned()],
-            user: Some(agent::User::default()),
-            pid_mode: pid_mode.into(),
-            ..Default::default()
-        };
-        self.create_as(container, log).await;
+        let container = order(id, blob, &spec(script, volume));
+        self.create_as(
+            agent::CreateContainerRequest { pid_mode: pid_mode.into(), ..container },
+            log,
+        )
+        .await;
     }
 
     pub async fn create_as(&mut self, container: agent::CreateContainerRequest, log: &Path) {
