@@ -32,9 +32,8 @@ const floodBytes = 5_000_000
 
 // ports is the container that serves them, in a pod of its own or on the node.
 func (n *node) ports(ctx context.Context, name string) (*pod, *container, error) {
-	fresh := n.pods[name] == nil
-	if !fresh {
-		return n.pods[name], n.pods[name].serving, nil
+	if known := n.pods[name]; known != nil && known.serving != nil {
+		return known, known.serving, nil
 	}
 	// Others use it too: it is made for longer than this case.
 	ctx = context.WithoutCancel(ctx)
