@@ -198,11 +198,10 @@ fn prepare(
     }
     let huge = agent.config.huge_pages();
     for mount in &spec.mounts {
-        match &mount.kind {
-            MountKind::Bind { source, .. } if source.starts_with(&huge) => {
-                agent.huge_pages.mount(source)?;
-            }
-            _ => {}
+        if let MountKind::Bind { source, .. } = &mount.kind
+            && source.starts_with(&huge)
+        {
+            agent.huge_pages.mount(source)?;
         }
     }
     let mut acquire = |names: &[String]| -> Result<Vec<PathBuf>, Error> {
@@ -509,9 +508,7 @@ async fn undo(agent: &Arc<Agent>, files: Files) -> Result<(), Error> {
     let agent = Arc::clone(agent);
     blocking(move || {
         files.cgroup.remove()?;
-        if agent.config.boundary == Boundary::Guest {
-            agent.huge_pages.hold(&files.container, 0)?;
-        }
+        agent.huge_pages.hold(&files.container, 0)?;
         match fs::remove_dir_all(&files.scratch) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             result => result.step(format_args!("remove {}", files.scratch.display()))?,

@@ -113,6 +113,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn the_pool_is_what_all_containers_may_use() {
@@ -132,17 +133,12 @@ mod tests {
 
     #[test]
     fn pages_of_another_size_are_refused_by_name() {
-        let read = |size: &str, limit: i64| {
-            let limits =
-                serde_json::json!({ "hugepageLimits": [{ "pageSize": size, "limit": limit }] });
-            limit_of(&limits)
+        let read = |size: &str, bytes: i64| {
+            let limits = json!({ "hugepageLimits": [{ "pageSize": size, "limit": bytes }] });
+            limit(&serde_json::from_value(limits).unwrap())
         };
         assert_eq!(read("2MB", 4096).unwrap(), Some(4096));
         assert_eq!(read("1GB", 0).unwrap(), None);
         assert!(read("1GB", 1).unwrap_err().to_string().contains("1GB"));
-    }
-
-    fn limit_of(resources: &serde_json::Value) -> Result<Option<u64>, Error> {
-        limit(&serde_json::from_value(resources.clone()).unwrap())
     }
 }

@@ -225,8 +225,7 @@ fn with_real_sources(
             fs::create_dir_all(path).map_err(failed)?;
         }
         let real = fs::canonicalize(path).map_err(failed)?;
-        let file_system = rustix::fs::statfs(&real).map_err(|error| failed(error.into()))?;
-        mount.huge_pages = boundary == Boundary::Microvm && file_system.f_type == HUGETLBFS_MAGIC;
+        mount.huge_pages = boundary == Boundary::Microvm && in_huge_pages(&real).map_err(failed)?;
         if mount.propagation == Propagation::Bidirectional {
             shared_mount(&real).map_err(failed)?;
         }
@@ -236,6 +235,10 @@ fn with_real_sources(
             .map_err(|path| failed(io::Error::other(format!("{} is not UTF-8", path.display()))))?;
     }
     Ok(spec)
+}
+
+fn in_huge_pages(path: &Path) -> io::Result<bool> {
+    Ok(rustix::fs::statfs(path)?.f_type == HUGETLBFS_MAGIC)
 }
 
 /// Refuses a path on a mount without peers: what is mounted below it in a container stays there.

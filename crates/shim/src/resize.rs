@@ -11,7 +11,7 @@ use a3s_box_api::{
     agent::v1::{self as agent, agent_client::AgentClient},
     shim::v1 as shim,
 };
-use a3s_box_types::shim::BoundaryConfig;
+use a3s_box_types::shim::{BoundaryConfig, ShimConfig, VmSize};
 use a3s_box_vmm::{Hardware, MoreMemory};
 use std::{
     io::ErrorKind,
@@ -129,9 +129,14 @@ impl Shim {
     }
 
     fn start_memory_mb(&self) -> Option<u32> {
-        match &self.config.boundary {
-            BoundaryConfig::Microvm(config) => Some(config.vm.size.memory_mb),
-            BoundaryConfig::Host(_) => None,
-        }
+        start_size(&self.config).map(|size| size.memory_mb)
+    }
+}
+
+/// What the machine is started with; none where there is no machine.
+pub fn start_size(config: &ShimConfig) -> Option<VmSize> {
+    match &config.boundary {
+        BoundaryConfig::Microvm(config) => Some(config.vm.size),
+        BoundaryConfig::Host(_) => None,
     }
 }

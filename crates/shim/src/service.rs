@@ -70,10 +70,7 @@ impl Shim {
         since: Instant,
         stop: watch::Sender<bool>,
     ) -> Self {
-        let vcpus = match &config.boundary {
-            BoundaryConfig::Microvm(config) => config.vm.size.vcpus,
-            BoundaryConfig::Host(_) => 0,
-        };
+        let vcpus = resize::start_size(&config).map_or(0, |size| size.vcpus);
         Self {
             folder: folder.to_owned(),
             config,

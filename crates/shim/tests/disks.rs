@@ -9,7 +9,7 @@ use a3s_box_types::{
     ContainerId,
     shim::{Start, fd},
 };
-use common::{Sandbox, layer, request};
+use common::{Sandbox, layer};
 use guest::{boundary, tap, template};
 use serde_json::json;
 use std::{
@@ -94,12 +94,10 @@ async fn a_block_device_of_the_node_is_a_disk_with_its_permissions() {
     let device = Loop::of(&file);
     let template = template(dir.path());
     let start = Start::Clone { template: template.dir().to_owned() };
-    let mut sandbox = Sandbox::unconfigured(dir.path(), boundary(dir.path(), start), |spawn| {
+    let mut sandbox = Sandbox::start(dir.path(), boundary(dir.path(), start), |spawn| {
         spawn.fd(tap(), fd::TAP).fd(template.ram().unwrap(), fd::TEMPLATE_RAM);
     })
     .await;
-    let network = Some(agent::Network::default());
-    sandbox.configure(agent::ConfigureSandboxRequest { network, ..request() }).await;
     let blob = layer(dir.path());
     let write = ["sh", "-c", "echo written inside | dd of=/dev/disk conv=fsync"];
     let read = ["dd", "if=/dev/disk", "bs=14", "count=1"];

@@ -15,7 +15,7 @@ use a3s_box_types::{
     ContainerId,
     shim::{Start, fd},
 };
-use common::{Sandbox, layer, order, request, spec};
+use common::{Sandbox, layer, order, spec};
 use guest::{MOST_VCPUS, boundary, guest, tap, template};
 use serde_json::json;
 use std::{
@@ -31,15 +31,12 @@ const START_MB: u32 = 512;
 async fn pod(dir: &Path, cgroup: Option<&Cgroup>) -> Sandbox {
     let template = template(dir);
     let start = Start::Clone { template: template.dir().to_owned() };
-    let mut sandbox = Sandbox::unconfigured(dir, boundary(dir, start), |spawn| {
+    Sandbox::start(dir, boundary(dir, start), |spawn| {
         spawn.fd(tap(), fd::TAP).fd(template.ram().unwrap(), fd::TEMPLATE_RAM);
         spawn.cgroups =
             cgroup.map(|one| one.create(&Limits::default()).unwrap().0).unwrap_or_default();
     })
-    .await;
-    let network = Some(agent::Network::default());
-    sandbox.configure(agent::ConfigureSandboxRequest { network, ..request() }).await;
-    sandbox
+    .await
 }
 
 async fn resize(sandbox: &mut Sandbox, memory_mb: u32, limit: u64) -> Result<u32, tonic::Status> {
@@ -150,12 +147,10 @@ async fn processors_come_and_go_under_load() {
 async fn a_machine_that_was_booted_has_its_further_processors_too() {
     let dir = tempfile::tempdir().unwrap();
     let start_as = Start::Boot { kernel: guest("vmlinuz"), initramfs: guest("initramfs") };
-    let mut sandbox = Sandbox::unconfigured(dir.path(), boundary(dir.path(), start_as), |spawn| {
+    let mut sandbox = Sandbox::start(dir.path(), boundary(dir.path(), start_as), |spawn| {
         spawn.fd(tap(), fd::TAP);
     })
     .await;
-    let network = Some(agent::Network::default());
-    sandbox.configure(agent::ConfigureSandboxRequest { network, ..request() }).await;
     let id = start(&mut sandbox, 1, dir.path(), "sleep 1000", 0).await;
     assert_eq!(seen(&mut sandbox, &id).await, "1");
     let order = shim::ResizeRequest { memory_mb: START_MB, limits: None, vcpus: MOST_VCPUS };
