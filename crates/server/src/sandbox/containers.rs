@@ -357,13 +357,12 @@ impl Driver {
     /// was working on.
     pub(super) async fn reconcile(&mut self, state: &shim::StateResponse) {
         for container in &state.containers {
-            let interrupted = container.container_id.parse().ok().and_then(|id: ContainerId| {
-                let known = self.containers.get(&id)?;
-                (known.phase == Phase::Creating && !self.jobs.busy(&id)).then_some(id)
-            });
-            match interrupted {
-                Some(id) => self.undo_creation(&id).await,
-                None => self.take_over(container).await,
+            let Ok(id) = container.container_id.parse::<ContainerId>() else { continue };
+            match self.containers.get(&id).map(|known| &known.phase) {
+                // Its order is under way, and the answer to that is what makes it one.
+                Some(Phase::Creating) if self.jobs.creating.contains_key(&id) => {}
+                Some(Phase::Creating) => self.undo_creation(&id).await,
+                _ => self.take_over(container).await,
             }
         }
         if !self.settled {

@@ -334,7 +334,7 @@ pub(crate) struct ShimState {
     /// Calls of these names never return.
     pub(crate) stuck: Mutex<BTreeSet<&'static str>>,
     ended: Mutex<Option<String>>,
-    events: broadcast::Sender<shim::Event>,
+    events: Mutex<broadcast::Sender<shim::Event>>,
 }
 
 impl ShimState {
@@ -346,7 +346,7 @@ impl ShimState {
             refusals: Mutex::default(),
             stuck: Mutex::default(),
             ended: Mutex::default(),
-            events: broadcast::channel(64).0,
+            events: Mutex::new(broadcast::channel(64).0),
         }
     }
 
@@ -368,8 +368,13 @@ impl ShimState {
         self.tell(Kind::BoundaryEnded(why.to_owned()));
     }
 
+    /// Every stream of events ends; the next look sees the state.
+    pub(crate) fn break_events(&self) {
+        *self.events.lock().unwrap() = broadcast::channel(64).0;
+    }
+
     fn tell(&self, kind: Kind) {
-        drop(self.events.send(shim::Event { kind: Some(kind) }));
+        drop(self.events.lock().unwrap().send(shim::Event { kind: Some(kind) }));
     }
 
     async fn check(&self, name: &'static str) -> Result<(), Status> {
@@ -541,7 +546,7 @@ impl shim_server::Shim for Answers {
     }
 
     async fn events(&self, _: Request<shim::EventsRequest>) -> Answer<Self::EventsStream> {
-        let live = BroadcastStream::new(self.0.events.subscribe());
+        let live = BroadcastStream::new(self.0.events.lock().unwrap().subscribe());
         // Begins with what has happened.
         let exited: Vec<_> = self
             .0

@@ -385,21 +385,47 @@ async fn a_restarted_server_finds_the_same_containers_and_the_exit_in_between() 
     assert_eq!(host.census(), ONE_POD);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_container_that_was_being_made_when_the_server_died_is_undone() {
-    let host = FakeHost::new();
-    let (dead, sandbox, id) = ready_pod(&host).await;
-    host.shim(&id).stuck.lock().unwrap().insert("created");
-    let begun = sandbox.create_container(container(&id, "c"));
+/// Gives the order, and returns when the shim has the container and keeps its answer to itself.
+async fn made_without_an_answer(host: &FakeHost, sandbox: &Sandbox, new: NewContainer) {
+    let (id, shim) = (new.record.id.to_string(), host.shim(&new.record.sandbox_id));
+    shim.stuck.lock().unwrap().insert("created");
     let made = async {
-        while host.shim(&id).containers.lock().unwrap().is_empty() {
+        while !shim.containers.lock().unwrap().contains_key(&id) {
             tokio::task::yield_now().await;
         }
     };
     tokio::select! {
-        _ = begun => panic!("the shim has not answered"),
+        _ = sandbox.create_container(new) => panic!("the shim has not answered"),
         () = made => {}
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_at_the_shim_does_not_stand_for_the_answer_to_a_creation() {
+    let host = FakeHost::new();
+    let (_server, sandbox, id) = ready_pod(&host).await;
+    let ends = running(&sandbox, &id, "ends").await;
+    let new = container(&id, "c");
+    let being_made = new.record.id.clone();
+    made_without_an_answer(&host, &sandbox, new).await;
+    // The driver hears of the exit from a look at everything.
+    let shim = host.shim(&id);
+    let mut state = shim.containers.lock().unwrap()[ends.as_str()].clone();
+    state.set_phase(shim::container_state::Phase::Exited);
+    state.exit = Some(agent::Exit { code: 7, exited_at: 123, ..Default::default() });
+    shim.containers.lock().unwrap().insert(ends.to_string(), state);
+    shim.break_events();
+    assert_eq!(exited(&sandbox, &ends).await.code, 7);
+    let early = timeout(SOON, sandbox.start_container(&being_made)).await.unwrap();
+    assert!(early.unwrap_err().to_string().contains("being created"));
+    assert_eq!(sandbox.view().containers[&being_made].phase, Phase::Creating);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_was_being_made_when_the_server_died_is_undone() {
+    let host = FakeHost::new();
+    let (dead, sandbox, id) = ready_pod(&host).await;
+    made_without_an_answer(&host, &sandbox, container(&id, "c")).await;
     drop(dead);
     let next = recovered(&host).await;
     // Not before: the dead one must not get its answer after all.
