@@ -12,8 +12,10 @@ all: build
 build: guest ## release binaries in target/release, the guest in target/guest
 	cargo build --release --locked -p a3s-box-cri -p a3s-box-shim
 
+# The agent is optimised as a whole: where guests are translated, every branch between its parts costs.
 guest: deps ## the agent, and kernel and initramfs around it
-	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$$(dirname $$(gcc -print-file-name=libseccomp.a)) \
+	CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1 \
+		LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$$(dirname $$(gcc -print-file-name=libseccomp.a)) \
 		RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(AGENT_TARGET) -p a3s-box-agent
 	install -D target/$(AGENT_TARGET)/release/a3s-box-agent target/release/a3s-box-agent
 	guest/build.sh target/guest target/release/a3s-box-agent

@@ -50,7 +50,7 @@ mod users;
 mod volume_mounts;
 mod watcher;
 
-use a3s_box_sys::{clone3, inherit};
+use a3s_box_sys::{clone3, duplex::Duplex, inherit};
 use agent::Agent;
 use config::{Boundary, Config};
 use error::{Error, Step};
@@ -58,7 +58,7 @@ use rustix::{
     fd::AsFd,
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
-use std::{ffi::OsString, fs, os::unix::net::UnixStream, process::ExitCode, sync::Arc};
+use std::{ffi::OsString, fs, process::ExitCode, sync::Arc};
 
 const USAGE: &str = "\
 usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgroups DIR
@@ -217,11 +217,9 @@ fn socket(inherited: &Inherited, config: Config) -> Result<(), Error> {
     let node_mounts = node_mounts.step("inherited mount namespace")?;
     let (launcher, (socket, node_mounts)) =
         launcher::fork((socket, node_mounts)).step("launcher")?;
-    let socket = UnixStream::from(socket);
-    socket.set_nonblocking(true).step("inherited socket")?;
     runtime()?.block_on(async {
         let agent = Agent::start(config, launcher, node_mounts)?;
-        let socket = tokio::net::UnixStream::from_std(socket).step("inherited socket")?;
+        let socket = Duplex::new(socket).step("inherited socket")?;
         if let Err(error) = serve::serve(&agent, socket).await {
             log::info(format_args!("connection: {error}"));
         }

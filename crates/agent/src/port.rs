@@ -4,27 +4,24 @@
 //! that, and the guest says nothing more until the host speaks, so a template can be saved between
 //! the two.
 
+use a3s_box_sys::duplex::Duplex;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, epoll, poll},
-    fd::{AsFd, OwnedFd},
+    fd::OwnedFd,
     io::Errno,
 };
 use std::{
     fs::{self, File},
-    io::{self, IoSlice},
+    io,
     mem::MaybeUninit,
     path::PathBuf,
-    pin::Pin,
-    task::{Context, Poll, ready},
 };
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// The first bytes of every connection.
 pub const HELLO: &[u8; 8] = b"A3SBOX1\n";
 
 const CLASS: &str = "/sys/class/virtio-ports";
-/// Bytes that the driver takes in one write.
-const LARGEST: usize = 32 << 10;
 
 /// Finds and opens the port of that name; none when the machine has no such port.
 pub fn open(name: &str) -> io::Result<Option<File>> {
@@ -54,13 +51,11 @@ impl Port {
     }
 
     /// Waits for the host, says hello, and returns once the host has spoken. Needs a runtime.
-    pub async fn connect(&self) -> io::Result<Connection> {
-        // It has ended before there is a connection: one looker at a time (see `a3s_box_volume::pump`).
+    pub async fn connect(&self) -> io::Result<Duplex> {
+        // It has ended before there is a connection: one looker at a time (see `a3s_box_volume::guest`).
         self.wait_for_host().await?;
-        let file = self.0.try_clone()?;
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        let fd = a3s_box_sys::watch::watch(file.into(), interest)?;
-        Ok(Connection { fd, gathered: Vec::new() })
+        // The device would take slices one by one, each with an exit of the machine.
+        Ok(Duplex::new(self.0.try_clone()?)?.gathering())
     }
 
     async fn wait_for_host(&self) -> io::Result<()> {
@@ -132,82 +127,5 @@ impl<'a> Edges<'a> {
         let mut set = [PollFd::new(self.file, PollFlags::IN | PollFlags::OUT)];
         rustix::io::retry_on_intr(|| poll(&mut set, Some(&Timespec::default())))?;
         Ok(set[0].revents())
-    }
-}
-
-/// One connection of the host.
-#[derive(Debug)]
-pub struct Connection {
-    fd: AsyncFd<OwnedFd>,
-    /// Slices on their way in one write.
-    gathered: Vec<u8>,
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        loop {
-            let mut ready = ready!(self.fd.poll_read_ready(context))?;
-            let result =
-                ready.try_io(|fd| Ok(rustix::io::read(fd.as_fd(), buffer.initialize_unfilled())?));
-            match result {
-                Ok(Ok(count)) => {
-                    buffer.advance(count);
-                    return Poll::Ready(Ok(()));
-                }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Err(error)) => return Poll::Ready(Err(error)),
-                Err(_) => {}
-            }
-        }
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            let mut ready = ready!(self.fd.poll_write_ready(context))?;
-            match ready.try_io(|fd| Ok(rustix::io::write(fd.as_fd(), bytes)?)) {
-                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(result) => return Poll::Ready(result),
-                Err(_) => {}
-            }
-        }
-    }
-
-    /// The device would take slices one by one, each with an exit of the machine; copying is cheaper.
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let mut gathered = std::mem::take(&mut self.gathered);
-        gathered.clear();
-        for slice in slices {
-            let room = LARGEST - gathered.len();
-            gathered.extend_from_slice(&slice[..slice.len().min(room)]);
-        }
-        let written = self.as_mut().poll_write(context, &gathered);
-        self.gathered = gathered;
-        written
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 }

@@ -5,7 +5,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
 };
-use std::sync::Arc;
+use std::{io, sync::Arc};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Calls at once: streams of containers and execs.
@@ -21,12 +21,14 @@ const CONNECTION_WINDOW: u32 = 64 << 20;
 pub async fn serve(
     agent: &Arc<Agent>,
     connection: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-) -> Result<(), hyper::Error> {
-    hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+) -> io::Result<()> {
+    let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(CALLS)
         .max_send_buf_size(SEND_BUFFER)
         .initial_stream_window_size(CALL_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .serve_connection(TokioIo::new(connection), TowerToHyperService::new(rpc::service(agent)))
-        .await
+        .serve_connection(TokioIo::new(connection), TowerToHyperService::new(rpc::service(agent)));
+    // A task, as those it works with: before the runtime's root future they would each time be followed by
+    // a look at every descriptor.
+    tokio::spawn(served).await?.map_err(io::Error::other)
 }

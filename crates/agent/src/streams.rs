@@ -29,8 +29,6 @@ pub enum Output {
     Stderr,
 }
 
-type Fd = Arc<AsyncFd<OwnedFd>>;
-
 /// The agent's ends.
 #[derive(Debug)]
 pub struct Streams {
@@ -43,13 +41,13 @@ pub struct Streams {
 /// Where stdin goes.
 #[derive(Debug)]
 pub struct Input {
-    fd: Option<Fd>,
+    fd: Option<OwnedFd>,
     terminal: bool,
 }
 
 /// One output's end.
 #[derive(Debug)]
-pub struct OutputEnd(Fd);
+pub struct OutputEnd(Arc<AsyncFd<OwnedFd>>);
 
 /// The child's ends of three new pipes, and the agent's. Without `stdin` the child reads nothing.
 pub fn pipes(stdin: Stdin) -> Result<([Option<OwnedFd>; 3], Streams), Error> {
@@ -57,16 +55,14 @@ pub fn pipes(stdin: Stdin) -> Result<([Option<OwnedFd>; 3], Streams), Error> {
     let (child_in, input) = match stdin {
         Stdin::Open => {
             let (read, write) = pipe()?;
-            (read, Some(register(write, Interest::WRITABLE)?))
+            (read, Some(unblocked(write)?))
         }
         Stdin::Empty => (std::fs::File::open("/dev/null").step("/dev/null")?.into(), None),
     };
     let (out, child_out) = pipe()?;
     let (err, child_err) = pipe()?;
-    let outputs = vec![
-        (Output::Stdout, OutputEnd(register(out, Interest::READABLE)?)),
-        (Output::Stderr, OutputEnd(register(err, Interest::READABLE)?)),
-    ];
+    let outputs =
+        vec![(Output::Stdout, OutputEnd::new(out)?), (Output::Stderr, OutputEnd::new(err)?)];
     let streams = Streams { input: Input { fd: input, terminal: false }, outputs };
     Ok(([Some(child_in), Some(child_out), Some(child_err)], streams))
 }
@@ -82,14 +78,14 @@ pub enum Stdin {
 
 /// The streams of a terminal.
 pub fn terminal(master: OwnedFd) -> Result<Streams, Error> {
-    let fd = register(master, Interest::READABLE | Interest::WRITABLE)?;
-    let input = Input { fd: Some(Arc::clone(&fd)), terminal: true };
-    Ok(Streams { input, outputs: vec![(Output::Stdout, OutputEnd(fd))] })
+    let fd = master.try_clone().step("standard streams")?;
+    let input = Input { fd: Some(fd), terminal: true };
+    Ok(Streams { input, outputs: vec![(Output::Stdout, OutputEnd::new(master)?)] })
 }
 
-fn register(fd: OwnedFd, interest: Interest) -> Result<Fd, Error> {
+fn unblocked(fd: OwnedFd) -> Result<OwnedFd, Error> {
     rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK).step("standard streams")?;
-    a3s_box_sys::watch::watch(fd, interest).map(Arc::new).step("standard streams")
+    Ok(fd)
 }
 
 impl Input {
@@ -98,13 +94,14 @@ impl Input {
     pub async fn write(&mut self, mut bytes: &[u8]) {
         let Some(fd) = &self.fd else { return };
         while !bytes.is_empty() {
-            match rustix::io::write(fd.get_ref(), bytes) {
+            match rustix::io::write(fd, bytes) {
                 Ok(count) => bytes = &bytes[count..],
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => match fd.writable().await {
-                    Ok(mut ready) => ready.clear_ready(),
-                    Err(_) => return self.fd = None,
-                },
+                Err(Errno::AGAIN) => {
+                    if room(fd).await.is_err() {
+                        return self.fd = None;
+                    }
+                }
                 Err(_) => return self.close(),
             }
         }
@@ -124,12 +121,24 @@ impl Input {
             Winsize { ws_row: size(height), ws_col: size(width), ws_xpixel: 0, ws_ypixel: 0 };
         if let (true, Some(fd)) = (self.terminal, &self.fd) {
             // It fails only when the terminal is gone, and then nobody looks at it.
-            rustix::termios::tcsetwinsize(fd.get_ref(), size).ok();
+            rustix::termios::tcsetwinsize(fd, size).ok();
         }
     }
 }
 
+/// Waits until `fd` takes more. It is watched only now: otherwise every read at its other end would wake
+/// the agent.
+async fn room(fd: &OwnedFd) -> std::io::Result<()> {
+    let watched = a3s_box_sys::watch::watch(fd.try_clone()?, Interest::WRITABLE)?;
+    watched.writable().await.map(drop)
+}
+
 impl OutputEnd {
+    fn new(fd: OwnedFd) -> Result<Self, Error> {
+        let watched = a3s_box_sys::watch::watch(unblocked(fd)?, Interest::READABLE);
+        watched.map(|fd| Self(Arc::new(fd))).step("standard streams")
+    }
+
     /// Passes output on until its end, or, once `ended` is true, until nothing is left of what the
     /// process wrote. When nobody takes messages any more, output is read and thrown away, so that
     /// the process is not stopped by it.
@@ -140,31 +149,32 @@ impl OutputEnd {
         mut ended: watch::Receiver<bool>,
     ) {
         let mut buffer = Vec::with_capacity(CHUNK);
+        // What there was has been read, and more of it is an event.
+        let mut empty = true;
         loop {
+            if empty && !*ended.borrow() {
+                tokio::select! {
+                    ready = self.0.readable() => match ready {
+                        Ok(mut ready) => ready.clear_ready(),
+                        Err(_) => return,
+                    },
+                    // An error: the sender is gone, and so is the process.
+                    changed = ended.changed() => if changed.is_err() { return },
+                }
+            }
             let permit = messages.reserve().await.ok();
             buffer.clear();
             match rustix::io::read(self.0.get_ref(), rustix::buffer::spare_capacity(&mut buffer)) {
                 Ok(0) => return,
-                Ok(_) => {
+                Ok(count) => {
+                    empty = count < CHUNK;
                     if let Some(permit) = permit {
                         permit.send(wrap(Bytes::copy_from_slice(&buffer)));
                     }
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    drop(permit);
-                    if *ended.borrow() {
-                        return;
-                    }
-                    tokio::select! {
-                        ready = self.0.readable() => match ready {
-                            Ok(mut ready) => ready.clear_ready(),
-                            Err(_) => return,
-                        },
-                        // An error: the sender is gone, and so is the process.
-                        changed = ended.changed() => if changed.is_err() { return },
-                    }
-                }
+                Err(Errno::AGAIN) if *ended.borrow() => return,
+                Err(Errno::AGAIN) => empty = true,
                 // A terminal whose last user is gone says EIO.
                 Err(_) => return,
             }

@@ -8,14 +8,9 @@ use a3s_box_api::{
     agent::v1 as agent,
     shim::v1::{self as shim, shim_client},
 };
+use a3s_box_sys::duplex::Duplex;
 use hyper_util::rt::TokioIo;
-use std::{
-    fs::File,
-    io,
-    os::fd::AsRawFd,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs::File, io, os::fd::AsRawFd, path::Path, sync::Arc, time::Duration};
 use tokio::net::UnixStream;
 use tokio_stream::Stream;
 use tonic::{
@@ -40,13 +35,17 @@ const GUEST: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone)]
 pub struct ShimClient {
     client: shim_client::ShimClient<Channel>,
+    socket: Arc<Path>,
 }
 
 impl ShimClient {
-    /// A client of the socket, which need not be there yet. Call inside a runtime.
-    pub fn new(socket: PathBuf) -> Self {
+    /// A client of the socket, which need not be there yet. Call inside the runtime that is to carry its
+    /// connection.
+    pub fn new(socket: impl Into<Arc<Path>>) -> Self {
+        let socket = socket.into();
+        let path = socket.clone();
         let connect = tower::service_fn(move |_| {
-            let socket = socket.clone();
+            let socket = path.clone();
             async move { connect(&socket).await.map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://localhost")
@@ -56,7 +55,12 @@ impl ShimClient {
         let client = shim_client::ShimClient::new(channel)
             .max_decoding_message_size(MESSAGE_MAX)
             .max_encoding_message_size(MESSAGE_MAX);
-        Self { client }
+        Self { client, socket }
+    }
+
+    /// One with a connection of its own, carried by the caller's runtime.
+    pub fn apart(&self) -> Self {
+        Self::new(self.socket.clone())
     }
 
     /// Makes the boundary this sandbox.
@@ -208,13 +212,13 @@ impl ShimClient {
 }
 
 /// Connects through the folder's descriptor: a path of any length fits.
-async fn connect(socket: &Path) -> io::Result<UnixStream> {
+async fn connect(socket: &Path) -> io::Result<Duplex> {
     let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
     let folder = File::open(folder)?;
     let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
-    UnixStream::connect(short).await
+    Duplex::new(UnixStream::connect(short).await?.into_std()?)
 }
 
 /// How much stats tell.

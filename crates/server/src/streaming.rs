@@ -181,7 +181,8 @@ async fn run_exec(
     };
     let message = |kind| agent::ExecInput { kind: Some(kind) };
     sender.try_send(message(exec_input::Kind::Start(start))).map_err(|error| gone(&error))?;
-    let mut outputs = sandbox.shim().exec(ReceiverStream::new(inputs)).await.map_err(failed)?;
+    let mut outputs =
+        sandbox.shim().apart().exec(ReceiverStream::new(inputs)).await.map_err(failed)?;
     let Streams { stdin, mut stdout, mut stderr, resizes, .. } = streams;
     let _feeding = feed(stdin, resizes, sender, move |fed| {
         message(match fed {
@@ -219,7 +220,8 @@ async fn run_attach(
         ..Default::default()
     };
     sender.try_send(first).map_err(|error| gone(&error))?;
-    let mut outputs = sandbox.shim().attach(ReceiverStream::new(inputs)).await.map_err(failed)?;
+    let mut outputs =
+        sandbox.shim().apart().attach(ReceiverStream::new(inputs)).await.map_err(failed)?;
     let Streams { stdin, mut stdout, mut stderr, resizes, .. } = streams;
     let _feeding = feed(stdin, resizes, sender, |fed| match fed {
         Fed::Bytes(stdin) => shim::AttachInput { stdin, ..Default::default() },
@@ -248,7 +250,7 @@ async fn run_port_forward(
     let first = agent::PortInput { port: port.into(), ..Default::default() };
     sender.try_send(first).map_err(|error| gone(&error))?;
     let mut outputs =
-        sandbox.shim().port_forward(ReceiverStream::new(inputs)).await.map_err(failed)?;
+        sandbox.shim().apart().port_forward(ReceiverStream::new(inputs)).await.map_err(failed)?;
     let _feeding = feed(Some(input), mpsc::channel(1).1, sender, |fed| match fed {
         Fed::Bytes(data) => agent::PortInput { data, ..Default::default() },
         Fed::End | Fed::Size(_) => agent::PortInput { close: true, ..Default::default() },

@@ -7,7 +7,10 @@
 
 use crate::{host, host_stats, microvm, records};
 use a3s_box_api::agent::v1::agent_client::AgentClient;
-use a3s_box_sys::cgroup::{self, Cgroup, Usage};
+use a3s_box_sys::{
+    cgroup::{self, Cgroup, Usage},
+    duplex::Duplex,
+};
 use a3s_box_types::shim::{Process, Processes};
 use a3s_box_vmm::{Console, Hardware};
 use anyhow::Context;
@@ -251,6 +254,7 @@ impl Owner {
 }
 
 async fn connect(stream: UnixStream) -> anyhow::Result<AgentClient<Channel>> {
+    let stream = Duplex::new(stream.into_std()?).context("watch the agent's stream")?;
     let stream = Arc::new(Mutex::new(Some(stream)));
     // The one connection for the boundary's life: there is nothing to connect to again.
     let connector = tower::service_fn(move |_| {

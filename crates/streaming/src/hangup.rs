@@ -12,6 +12,8 @@ use tracing::debug;
 
 /// How long the rest of what a client has sent may take to be read, once it has gone.
 const LAST_BYTES: Duration = Duration::from_secs(5);
+/// How soon after one look at the connection there is another.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 /// When a silent client is asked whether it is there, how often again, and how many times.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
 
@@ -52,6 +54,8 @@ impl Hangup {
             // Bytes are the session's business: only what comes next is news.
             let later = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
             self.0.try_io(Interest::READABLE, later).ok();
+            // Nor are they worth a look each.
+            sleep(BETWEEN_LOOKS).await;
         }
         Ok(())
     }

@@ -24,6 +24,7 @@ mod remote_command;
 mod server;
 pub mod spdy;
 mod status;
+mod threads;
 mod tls;
 mod token;
 mod tunnel;

@@ -8,6 +8,7 @@ use crate::{
     port_forward, remote_command,
     spdy::Session,
     status::End,
+    threads::{self, Threads},
     token::Tokens,
     tunnel::{self, Tunnel},
     upgrade::{self, Answer, Wish},
@@ -112,13 +113,14 @@ pub struct Server {
     config: Config,
     tls: Option<Tls>,
     urls: Urls,
+    threads: Threads,
 }
 
 impl Server {
     /// Listens.
     ///
     /// # Errors
-    /// The address cannot be had.
+    /// The address cannot be had, or threads for the sessions.
     pub async fn bind(config: Config) -> io::Result<Self> {
         let listener = TcpListener::bind(config.address).await?;
         let mut server = Self {
@@ -126,6 +128,7 @@ impl Server {
             config,
             tls: None,
             urls: Urls { base: "".into(), tokens: Arc::default() },
+            threads: Threads::start()?,
         };
         server.urls.base = server.base()?;
         Ok(server)
@@ -154,26 +157,28 @@ impl Server {
         self.urls.clone()
     }
 
-    /// Serves until dropped; sessions under way go on.
+    /// Serves until dropped, and ends its sessions then.
     pub async fn serve<B: Backend>(self, backend: Arc<B>) {
-        let Self { listener, config, tls, urls } = self;
+        let Self { listener, config, tls, urls, mut threads } = self;
         let shared = Arc::new(Shared { tokens: urls.tokens, config, tls, backend });
         let places = Arc::new(Semaphore::new(MOST_UNKNOWN));
         loop {
             let Ok(place) = places.clone().acquire_owned().await else { return };
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let shared = shared.clone();
-                    tokio::spawn(async move {
-                        connection(stream, shared).await;
-                        drop(place);
-                    });
-                }
-                Err(error) => {
-                    // Out of descriptors: others may be closed meanwhile.
-                    debug!(%error, "a streaming connection cannot be accepted");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+            let shared = shared.clone();
+            let work: threads::Work = Box::new(|stream| {
+                Box::pin(async move {
+                    connection(stream, shared).await;
+                    drop(place);
+                })
+            });
+            let given = match listener.accept().await {
+                Ok((stream, _)) => threads.give(stream, work).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = given {
+                // Out of descriptors: others may be closed meanwhile.
+                debug!(%error, "a streaming connection cannot be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }

@@ -1,11 +1,13 @@
 //! All unsafe code and raw system calls: process creation, namespaces, mounts, descriptors.
-//! One file per kernel interface; every function is safe to call and synchronous.
+//! One file per kernel interface; every function is safe to call and, but for what waits on descriptors
+//! ([`watch`], [`duplex`]), synchronous.
 
 #![allow(unsafe_code)]
 pub mod cgroup;
 pub mod clone3;
 pub mod close;
 pub mod device_filter;
+pub mod duplex;
 pub mod entropy;
 pub mod exec;
 pub mod fsid;
