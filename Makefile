@@ -1,6 +1,5 @@
 # What to type: `make demo`, `make build`, `make test`, `make lint`, `make conformance`, `make streaming`, `make bench`.
 
-AGENT_TARGET := x86_64-unknown-linux-gnu
 PACKAGES := qemu-system-x86 e2fsprogs erofs-utils libseccomp-dev containernetworking-plugins \
 	docker-registry iptables iproute2 kmod cpio xz-utils zstd gcc libc6-dev busybox-static \
 	containerd runc jq python3 util-linux procps curl ca-certificates
@@ -9,15 +8,14 @@ PACKAGES := qemu-system-x86 e2fsprogs erofs-utils libseccomp-dev containernetwor
 
 all: build
 
-build: guest ## release binaries in target/release, the guest in target/guest
-	cargo build --release --locked -p a3s-box-cri -p a3s-box-shim
+# The same for all programs, so that what they share is compiled once.
+SECCOMP = LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$$(dirname $$(gcc -print-file-name=libseccomp.a))
 
-# The agent is optimised as a whole: where guests are translated, every branch between its parts costs.
-guest: deps ## the agent, and kernel and initramfs around it
-	CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1 \
-		LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$$(dirname $$(gcc -print-file-name=libseccomp.a)) \
-		RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --target $(AGENT_TARGET) -p a3s-box-agent
-	install -D target/$(AGENT_TARGET)/release/a3s-box-agent target/release/a3s-box-agent
+build: guest ## release binaries in target/release, the guest in target/guest
+	$(SECCOMP) cargo build --release --locked -p a3s-box-cri -p a3s-box-shim
+
+guest: deps ## the agent, which needs no library, and kernel and initramfs around it
+	$(SECCOMP) cargo rustc --release --locked -p a3s-box-agent --bin a3s-box-agent -- -C target-feature=+crt-static
 	guest/build.sh target/guest target/release/a3s-box-agent
 
 deps: ## Debian packages that are missing
