@@ -98,7 +98,8 @@ impl Input {
                 Ok(count) => bytes = &bytes[count..],
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    if room(fd).await.is_err() {
+                    let Ok(room) = a3s_box_sys::watch::room(fd) else { return self.fd = None };
+                    if room.writable().await.is_err() {
                         return self.fd = None;
                     }
                 }
@@ -124,13 +125,6 @@ impl Input {
             rustix::termios::tcsetwinsize(fd, size).ok();
         }
     }
-}
-
-/// Waits until `fd` takes more. It is watched only now: otherwise every read at its other end would wake
-/// the agent.
-async fn room(fd: &OwnedFd) -> std::io::Result<()> {
-    let watched = a3s_box_sys::watch::watch(fd.try_clone()?, Interest::WRITABLE)?;
-    watched.writable().await.map(drop)
 }
 
 impl OutputEnd {

@@ -22,10 +22,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
-use tokio::{
-    net::UnixStream,
-    sync::{mpsc, watch},
-};
+use tokio::sync::{mpsc, watch};
 use tonic::transport::{Channel, Endpoint};
 
 /// Largest message to or from the agent.
@@ -232,7 +229,7 @@ impl Owner {
     /// does, when somebody ends the boundary, or when the agent cannot be talked to.
     pub async fn serve(
         &mut self,
-        stream: impl Future<Output = anyhow::Result<UnixStream>>,
+        stream: impl Future<Output = anyhow::Result<Duplex>>,
         ended: impl Future<Output = String>,
     ) -> String {
         let connected = async {
@@ -253,8 +250,7 @@ impl Owner {
     }
 }
 
-async fn connect(stream: UnixStream) -> anyhow::Result<AgentClient<Channel>> {
-    let stream = Duplex::new(stream.into_std()?).context("watch the agent's stream")?;
+async fn connect(stream: Duplex) -> anyhow::Result<AgentClient<Channel>> {
     let stream = Arc::new(Mutex::new(Some(stream)));
     // The one connection for the boundary's life: there is nothing to connect to again.
     let connector = tower::service_fn(move |_| {

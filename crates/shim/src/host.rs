@@ -8,6 +8,7 @@
 use crate::{boundary::Owner, child::WatchedChild};
 use a3s_box_sys::{
     cgroup::{Cgroup, Hierarchies},
+    duplex::Duplex,
     spawn::Spawn,
 };
 use a3s_box_types::shim::{CgroupName, HostConfig};
@@ -63,7 +64,6 @@ pub fn cgroup(name: &CgroupName) -> anyhow::Result<Cgroup> {
 pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
     let Parts { config, cgroup, netns, mounts } = parts;
     let (ours, theirs) = UnixStream::pair().context("make the agent's socket")?;
-    ours.set_nonblocking(true).context("make the agent's socket")?;
     let connection = ours.try_clone().context("make the agent's socket")?;
     fs::create_dir_all(&config.scratch)
         .with_context(|| format!("make {}", config.scratch.display()))?;
@@ -73,7 +73,7 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
     let mut agent = WatchedChild::start(spawn).with_context(what)?;
     owner.reached("agent_spawned");
     owner.started(agent.pid(), |processes| &mut processes.agent)?;
-    let stream = async { Ok(tokio::net::UnixStream::from_std(ours)?) };
+    let stream = async { Ok(Duplex::new(ours)?) };
     let why = owner.serve(stream, agent.ended("agent")).await;
     // Clients still hold the stream: this hangs up for all of them. Nobody may be at the other end.
     connection.shutdown(Shutdown::Both).ok();

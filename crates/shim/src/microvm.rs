@@ -2,6 +2,7 @@
 
 use crate::{boundary::Owner, volume_server};
 use a3s_box_failpoint as failpoint;
+use a3s_box_sys::duplex::Duplex;
 use a3s_box_types::shim::{CONSOLE_FILE, MicrovmConfig, Start};
 use a3s_box_vmm::{Stage, Vm, VmParts, VmStreams, disk, last_words, template, wait_hello};
 use anyhow::Context;
@@ -82,7 +83,7 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
             return Err(err.into());
         }
         spoke.store(true, Ordering::Relaxed);
-        Ok(stream)
+        Ok(Duplex::new(stream.into_std()?)?)
     };
     let ended = async {
         tokio::select! {

@@ -3,7 +3,7 @@
 //! Of a socket that is watched for both, the runtime hears whenever the other end has read something:
 //! twice as many wake-ups as there are messages.
 
-use crate::watch::watch;
+use crate::watch;
 use rustix::io::Errno;
 use std::{
     io::{self, IoSlice},
@@ -38,7 +38,7 @@ impl Duplex {
     pub fn new(fd: impl Into<OwnedFd>) -> io::Result<Self> {
         let fd = fd.into();
         rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK)?;
-        let fd = watch(fd, Interest::READABLE)?;
+        let fd = watch::watch(fd, Interest::READABLE)?;
         Ok(Self { fd, room: None, look: false, arrived: vec![0; LARGEST].into(), gathered: None })
     }
 
@@ -52,7 +52,7 @@ impl Duplex {
     /// Writes with `write` once there is room.
     fn poll_room<T>(
         &mut self,
-        context: &Context<'_>,
+        context: &mut Context<'_>,
         write: impl Fn(&OwnedFd) -> Result<T, Errno>,
     ) -> Poll<io::Result<T>> {
         loop {
@@ -68,13 +68,11 @@ impl Duplex {
             let room = match &self.room {
                 Some(room) => room,
                 None => {
-                    let second = self.fd.get_ref().try_clone()?;
                     look_again(&mut self.look, context);
-                    self.room.insert(watch(second, Interest::WRITABLE)?)
+                    self.room.insert(watch::room(self.fd.get_ref())?)
                 }
             };
-            let mut waiting = Context::from_waker(context.waker());
-            ready!(room.poll_write_ready(&mut waiting))?.clear_ready();
+            ready!(room.poll_write_ready(context))?.clear_ready();
             look_again(&mut self.look, context);
         }
     }
