@@ -12,13 +12,14 @@ ALLOWED = {
     "sys": set(),
     "store": {"types", "sys"},
     "streaming": set(),
+    "lane": set(),
     "image": {"store", "sys", "types"},
     "net": {"store", "sys", "types"},
-    "vmm": {"store", "sys", "types"},
+    "vmm": {"lane", "store", "sys", "types"},
     "volume": {"store", "sys", "types"},
-    "agent": {"api", "volume", "store", "sys", "types"},
-    "shim": {"api", "failpoint", "vmm", "volume", "store", "sys", "types"},
-    "cri": {"api", "failpoint", "image", "net", "streaming", "vmm", "store", "sys", "types"},
+    "agent": {"api", "lane", "volume", "store", "sys", "types"},
+    "shim": {"api", "failpoint", "lane", "vmm", "volume", "store", "sys", "types"},
+    "cri": {"api", "failpoint", "image", "lane", "net", "streaming", "vmm", "store", "sys", "types"},
 }
 PREFIX = "a3s-box-"
 

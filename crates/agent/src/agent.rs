@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Step},
     events::Events,
     huge_pages::HugePages,
+    lanes::Lanes,
     launcher::{Descriptors, Launcher},
     layers::Layers,
     plan::Plan,
@@ -40,6 +41,8 @@ pub struct Agent {
     pub watcher: Watcher,
     /// Tells what happened.
     pub events: Events,
+    /// For execs' bytes; a process of the node has none.
+    pub lanes: Lanes,
     /// Mounted image layers.
     pub layers: Layers,
     /// Those of a guest.
@@ -83,6 +86,10 @@ impl Agent {
             reaper: Reaper::default(),
             watcher: Watcher::new().step("inotify")?,
             events: Events::default(),
+            lanes: match config.boundary {
+                Boundary::Guest => Lanes::open()?,
+                Boundary::Host => Lanes::none(),
+            },
             layers: Layers::new(&config),
             huge_pages: HugePages::default(),
             volume_mounts: VolumeMounts::new(&config),

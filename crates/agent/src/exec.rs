@@ -87,6 +87,10 @@ async fn inside(
     inputs: Streaming<api::ExecInput>,
     answers: &mpsc::Sender<Answer>,
 ) -> Result<Outcome, Error> {
+    let lane = match &start.lane {
+        Some(order) => Some(agent.lanes.take(order).await?),
+        None => None,
+    };
     cgroup.create()?;
     let outlives_call = start.outlives_call;
     let stdin = if start.stdin { Stdin::Open } else { Stdin::Empty };
@@ -130,19 +134,26 @@ async fn inside(
 
     let ended = watch::Sender::new(false);
     let mut outputs = JoinSet::new();
-    let mut rests = Vec::new();
-    for (kind, output) in streams.outputs {
-        rests.push(output.rest());
-        let wrap = move |bytes| {
-            Ok(answer(match kind {
-                Output::Stdout => exec_output::Kind::Stdout(bytes),
-                Output::Stderr => exec_output::Kind::Stderr(bytes),
-            }))
-        };
-        outputs.spawn(output.pump(answers.clone(), wrap, ended.subscribe()));
-    }
+    let rests: Vec<_> = streams.outputs.iter().map(|(_, output)| output.rest()).collect();
     let mut tasks = JoinSet::new();
-    tasks.spawn(feed(inputs, streams.input, spawned.pidfd));
+    match lane {
+        Some(lane) => {
+            tasks.spawn(feed(inputs, streams.input.sizer()?, spawned.pidfd));
+            outputs.spawn(lane.carry(streams, ended.subscribe(), answers.clone()));
+        }
+        None => {
+            tasks.spawn(feed(inputs, streams.input, spawned.pidfd));
+            for (kind, output) in streams.outputs {
+                let wrap = move |bytes| {
+                    Ok(answer(match kind {
+                        Output::Stdout => exec_output::Kind::Stdout(bytes),
+                        Output::Stderr => exec_output::Kind::Stderr(bytes),
+                    }))
+                };
+                outputs.spawn(output.pump(answers.clone(), wrap, ended.subscribe()));
+            }
+        }
+    }
     let ended_how = tokio::select! {
         ended = spawned.ended => ended.map_err(std::io::Error::other).step("wait for the process")?,
         () = answers.closed(), if !outlives_call => return Ok(Outcome::Abandoned),

@@ -23,6 +23,7 @@ mod error;
 mod events;
 mod exec;
 mod huge_pages;
+mod lanes;
 mod launcher;
 mod layers;
 mod limits;
@@ -65,14 +66,15 @@ usage: a3s-box-agent --socket FD --share DIR --scratch DIR --runtime DIR --cgrou
                      [--cgroup-v1 CONTROLLER=DIR]... [--own ipc|uts]... [--netns FD]
                      [--node-mounts FD]
        a3s-box-agent            (as PID 1 of a guest)
-       a3s-box-agent rehearse [stay]
+       a3s-box-agent rehearse [stay|listen]
 
 --cgroups    folder of a cgroup v2 for the containers' cgroups
 --cgroup-v1  the same in the v1 hierarchy of a controller
 --own        a namespace that is made for the pod; it shares the others with the caller
 --netns      the pod's network namespace, which is joined
 --node-mounts  the node's mount namespace, for volumes whose mounts go both ways
-rehearse     what the containers run of a guest that waits for its pod: one line, and with `stay` no end";
+rehearse     what the containers run of a guest that waits for its pod: one line, and with `stay` no end, or
+             with `listen` not before a line has come";
 /// Of an agent beside the node's other processes: containers are killed for want of memory before it.
 const OOM_SCORE: &str = "-998";
 /// Open files of a process in a guest: as many as the kernel has for one.
@@ -83,7 +85,7 @@ const BAD_USAGE: u8 = 64;
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     if args.first().is_some_and(|arg| arg == "rehearse") {
-        return rehearse(args.get(1).is_some_and(|arg| arg == "stay"));
+        return rehearse(args.get(1).and_then(|arg| arg.to_str()));
     }
     let result = if rustix::process::getpid().is_init() && args.iter().all(|arg| arg != "--socket")
     {
@@ -109,14 +111,18 @@ fn main() -> ExitCode {
 }
 
 /// The whole life of a rehearsal's process.
-fn rehearse(stay: bool) -> ExitCode {
+fn rehearse(then: Option<&str>) -> ExitCode {
     println!("rehearsed");
-    if stay {
-        loop {
+    match then {
+        Some("stay") => loop {
             std::thread::park();
-        }
+        },
+        Some("listen") => match std::io::stdin().read_line(&mut String::new()) {
+            Ok(1..) => ExitCode::SUCCESS,
+            Ok(0) | Err(_) => ExitCode::FAILURE,
+        },
+        _ => ExitCode::SUCCESS,
     }
-    ExitCode::SUCCESS
 }
 
 /// Descriptors from the command line.

@@ -11,7 +11,10 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
     termios::Winsize,
 };
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{mpsc, watch},
@@ -115,6 +118,12 @@ impl Input {
         }
     }
 
+    /// A handle that changes a terminal's size; of a pipe it does nothing.
+    pub fn sizer(&self) -> Result<Self, Error> {
+        let fd = self.fd.as_ref().filter(|_| self.terminal).map(OwnedFd::try_clone);
+        Ok(Self { fd: fd.transpose().step("standard streams")?, terminal: self.terminal })
+    }
+
     /// The terminal's new size; nothing for a pipe.
     pub fn resize(&self, width: u32, height: u32) {
         let size = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
@@ -173,6 +182,21 @@ impl OutputEnd {
                 Err(_) => return,
             }
         }
+    }
+
+    /// What to read, which does not block.
+    pub fn descriptor(&self) -> &OwnedFd {
+        self.0.get_ref()
+    }
+
+    /// Whether there is something to read, or the end. From then on only more of it is.
+    pub fn poll_ready(&self, context: &mut Context<'_>) -> Poll<()> {
+        self.0.poll_read_ready(context).map(|ready| {
+            // An error is read's to tell.
+            if let Ok(mut ready) = ready {
+                ready.clear_ready();
+            }
+        })
     }
 
     /// A second handle, to keep reading for those who still write after the process's own end.

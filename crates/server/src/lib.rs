@@ -18,6 +18,7 @@ pub mod container_stats;
 pub mod container_status;
 pub mod container_stop;
 pub mod container_update;
+mod exec_lane;
 pub mod exec_sync;
 pub mod host_devices;
 pub mod image_fs_info;

@@ -8,7 +8,9 @@ use a3s_box_api::{
     agent::v1 as agent,
     shim::v1::{self as shim, shim_client},
 };
+use a3s_box_lane::lease::{self, Lane};
 use a3s_box_sys::duplex::Duplex;
+use a3s_box_types::shim::LANES_FILE;
 use hyper_util::rt::TokioIo;
 use std::{fs::File, io, os::fd::AsRawFd, path::Path, sync::Arc, time::Duration};
 use tokio::net::UnixStream;
@@ -46,7 +48,7 @@ impl ShimClient {
         let path = socket.clone();
         let connect = tower::service_fn(move |_| {
             let socket = path.clone();
-            async move { connect(&socket).await.map(TokioIo::new) }
+            async move { Duplex::new(dial(&socket).await?.into_std()?).map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://localhost")
             .initial_stream_window_size(CALL_WINDOW)
@@ -179,6 +181,12 @@ impl ShimClient {
         call("run the command", GUEST, client.exec(inputs)).await
     }
 
+    /// A lane of the machine; `None`: all are lent, there are none, or the shim is of a version without.
+    pub async fn borrow_lane(&self) -> Option<Lane> {
+        let socket = self.socket.with_file_name(LANES_FILE);
+        lease::borrow(dial(&socket).await.ok()?).await.ok()?
+    }
+
     /// A container's own streams, from now on.
     pub async fn attach(
         &self,
@@ -212,13 +220,13 @@ impl ShimClient {
 }
 
 /// Connects through the folder's descriptor: a path of any length fits.
-async fn connect(socket: &Path) -> io::Result<Duplex> {
+async fn dial(socket: &Path) -> io::Result<UnixStream> {
     let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
     let folder = File::open(folder)?;
     let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
-    Duplex::new(UnixStream::connect(short).await?.into_std()?)
+    UnixStream::connect(short).await
 }
 
 /// How much stats tell.
@@ -263,6 +271,6 @@ mod tests {
         let directory = File::open(&deep).unwrap();
         let short = format!("/proc/self/fd/{}/s", directory.as_raw_fd());
         let _listener = tokio::net::UnixListener::bind(short).unwrap();
-        connect(&deep.join("s")).await.unwrap();
+        dial(&deep.join("s")).await.unwrap();
     }
 }

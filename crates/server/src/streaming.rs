@@ -2,7 +2,7 @@
 //! pod's shim.
 
 use crate::{
-    Server,
+    Server, exec_lane,
     exec_sync::running,
     node::Node,
     sandbox::{Sandbox, SandboxError},
@@ -13,6 +13,7 @@ use a3s_box_api::{
     cri,
     shim::v1 as shim,
 };
+use a3s_box_lane::Mark;
 use a3s_box_streaming::{
     AttachRequest, Backend, BackendError, ExecRequest, Input, Output, PortForwardRequest, Streams,
     TerminalSize,
@@ -171,6 +172,8 @@ async fn run_exec(
 ) -> Result<i32, BackendError> {
     let (sandbox, _) = running(node, &request.container_id).map_err(failed)?;
     let (sender, inputs) = mpsc::channel(WAITING);
+    let shim = sandbox.shim().apart();
+    let (lane, mark) = (shim.borrow_lane().await, rand::random::<Mark>());
     let start = agent::ExecStart {
         container_id: request.container_id,
         args: request.command,
@@ -178,11 +181,16 @@ async fn run_exec(
         stdin: streams.stdin.is_some(),
         // A client that vanishes takes no process with it, as with other runtimes.
         outlives_call: true,
+        lane: lane
+            .as_ref()
+            .map(|lane| agent::Lane { number: lane.number, mark: Bytes::copy_from_slice(&mark) }),
     };
     let message = |kind| agent::ExecInput { kind: Some(kind) };
     sender.try_send(message(exec_input::Kind::Start(start))).map_err(|error| gone(&error))?;
-    let mut outputs =
-        sandbox.shim().apart().exec(ReceiverStream::new(inputs)).await.map_err(failed)?;
+    let mut outputs = shim.exec(ReceiverStream::new(inputs)).await.map_err(failed)?;
+    if let Some(lane) = lane {
+        return exec_lane::run(lane, &mark, streams, sender, outputs).await;
+    }
     let Streams { stdin, mut stdout, mut stderr, resizes, .. } = streams;
     let _feeding = feed(stdin, resizes, sender, move |fed| {
         message(match fed {
@@ -297,9 +305,7 @@ fn feed<T: Send + 'static>(
                     }
                 },
                 size = resizes.recv(), if sizes => match size {
-                    Some(TerminalSize { width, height }) => {
-                        Fed::Size(agent::WindowSize { width: width.into(), height: height.into() })
-                    }
+                    Some(size) => Fed::Size(window(size)),
                     None => {
                         sizes = false;
                         continue;
@@ -316,15 +322,20 @@ fn feed<T: Send + 'static>(
 }
 
 /// The next piece of stdin; never, when there is none.
-async fn next(stdin: &mut Option<Input>) -> Option<Bytes> {
+pub(crate) async fn next(stdin: &mut Option<Input>) -> Option<Bytes> {
     match stdin {
         Some(stdin) => stdin.recv().await,
         None => std::future::pending().await,
     }
 }
 
+pub(crate) fn window(size: TerminalSize) -> agent::WindowSize {
+    let TerminalSize { width, height } = size;
+    agent::WindowSize { width: width.into(), height: height.into() }
+}
+
 /// Shows bytes to the client; one that closed this stream does not see them, and the rest goes on.
-async fn show(output: &mut Option<Output>, bytes: Bytes) {
+pub(crate) async fn show(output: &mut Option<Output>, bytes: Bytes) {
     if let Some(stream) = output
         && stream.write(bytes).await.is_err()
     {
@@ -340,7 +351,7 @@ fn failed(error: SandboxError) -> BackendError {
     }
 }
 
-fn words(status: &tonic::Status) -> BackendError {
+pub(crate) fn words(status: &tonic::Status) -> BackendError {
     BackendError(status.message().to_owned())
 }
 

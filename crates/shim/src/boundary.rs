@@ -7,6 +7,7 @@
 
 use crate::{host, host_stats, microvm, records};
 use a3s_box_api::agent::v1::agent_client::AgentClient;
+use a3s_box_lane::lease::Lender;
 use a3s_box_sys::{
     cgroup::{self, Cgroup, Usage},
     duplex::Duplex,
@@ -75,6 +76,8 @@ struct Facts {
     console: Console,
     /// Of a virtual machine that runs.
     hardware: Option<Hardware>,
+    /// As that.
+    lanes: Option<Arc<Lender>>,
     stages: HashMap<String, f64>,
     clone_failed: bool,
 }
@@ -141,6 +144,11 @@ impl Handle {
     /// The virtual machine's hardware, once it runs; `None` on the node's kernel.
     pub fn hardware(&self) -> Option<Hardware> {
         self.facts().hardware
+    }
+
+    /// The virtual machine's lanes, once it runs; `None` on the node's kernel.
+    pub fn lanes(&self) -> Option<Arc<Lender>> {
+        self.facts().lanes
     }
 
     /// Milliseconds since the shim's start, by stage.
@@ -223,6 +231,11 @@ impl Owner {
     /// Lets the machine be changed.
     pub fn show_hardware(&self, hardware: Hardware) {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner).hardware = Some(hardware);
+    }
+
+    /// Lets its lanes be lent.
+    pub fn show_lanes(&self, lanes: Lender) {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).lanes = Some(Arc::new(lanes));
     }
 
     /// Publishes the agent behind `stream` once it answers. Comes back with the reason when `ended`

@@ -23,6 +23,8 @@ pub async fn run(
         tty: false,
         stdin: false,
         outlives_call: false,
+        // Its output is collected here.
+        lane: None,
     };
     let collect = async move {
         let (inputs, receiver) = mpsc::channel(1);

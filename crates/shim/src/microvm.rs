@@ -2,6 +2,7 @@
 
 use crate::{boundary::Owner, volume_server};
 use a3s_box_failpoint as failpoint;
+use a3s_box_lane::lease::Lender;
 use a3s_box_sys::duplex::Duplex;
 use a3s_box_types::shim::{CONSOLE_FILE, MicrovmConfig, Start};
 use a3s_box_vmm::{Stage, Vm, VmParts, VmStreams, disk, last_words, template, wait_hello};
@@ -56,10 +57,11 @@ pub async fn live(owner: &mut Owner, parts: Parts) -> anyhow::Result<String> {
     if is_clone && matches!(&started, Err(err) if err.stage == Stage::Load) {
         owner.clone_failed();
     }
-    let (mut vm, VmStreams { agent, volumes }) = started?;
+    let (mut vm, VmStreams { agent, volumes, lanes }) = started?;
     failpoint::hit("shim-vmm-started");
     owner.reached("vmm_spawned");
     owner.show_console(vm.console());
+    owner.show_lanes(Lender::new(lanes));
     let room_mb = config.most_memory_mb.saturating_sub(config.vm.size.memory_mb);
     owner.show_hardware(vm.hardware(room_mb));
     owner.started(vm.pid(), |processes| &mut processes.vmm)?;

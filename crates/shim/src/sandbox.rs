@@ -11,7 +11,7 @@ use a3s_box_api::shim::v1::shim_server::ShimServer;
 use a3s_box_failpoint as failpoint;
 use a3s_box_sys::{inherit, namespace};
 use a3s_box_types::shim::{
-    BoundaryConfig, CONFIG_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd,
+    BoundaryConfig, CONFIG_FILE, LANES_FILE, Processes, SOCKET_FILE, ShimConfig, Start, fd,
 };
 use a3s_box_volume::{Orders, Share};
 use anyhow::Context;
@@ -121,10 +121,12 @@ async fn serve(
     since: Instant,
     ready: &mut File,
 ) -> anyhow::Result<()> {
-    let listener = listen(folder).context("listen on the shim's socket")?;
+    let listener = listen(folder, SOCKET_FILE).context("listen on the shim's socket")?;
+    let lanes = listen(folder, LANES_FILE).context("listen on the lanes' socket")?;
     let (stop, mut stopped) = watch::channel(false);
     let shim = Arc::new(Shim::new(folder, config, boundary, share, since, stop));
     tokio::spawn(service::follow(shim.clone()));
+    tokio::spawn(service::lend_lanes(shim.clone(), lanes));
     failpoint::hit("shim-listening");
     ready.write_all(b"ready\n").context("tell the server")?;
     // The server reads to the end of the file.
@@ -152,7 +154,7 @@ async fn serve(
 }
 
 /// Binds through the folder's descriptor: a path of any length fits.
-fn listen(folder: &Path) -> std::io::Result<UnixListener> {
+fn listen(folder: &Path, name: &str) -> std::io::Result<UnixListener> {
     let directory: OwnedFd = File::open(folder)?.into();
-    UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET_FILE}", directory.as_raw_fd()))
+    UnixListener::bind(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
 }

@@ -28,14 +28,19 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    net::UnixListener,
+    sync::{mpsc, watch},
+};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Both outputs of ExecSync at their largest, and room for the rest.
 pub const MESSAGE_MAX: usize = 48 << 20;
+/// For want of descriptors, mostly: they come back.
+const AFTER_A_FAILURE: Duration = Duration::from_millis(100);
 /// Everything between the calls.
 #[derive(Debug)]
 pub struct Shim {
@@ -307,6 +312,27 @@ pub async fn follow(shim: Arc<Shim>) {
         }
     }
     shim.exits.send_modify(|count| *count += 1);
+}
+
+/// Lends the machine's lanes to whoever connects, for the shim's life.
+pub async fn lend_lanes(shim: Arc<Shim>, listener: UnixListener) {
+    loop {
+        let borrower = match listener.accept().await {
+            Ok((borrower, _)) => borrower,
+            Err(err) => {
+                tracing::warn!(%err, "a lane could not be asked for");
+                tokio::time::sleep(AFTER_A_FAILURE).await;
+                continue;
+            }
+        };
+        // Where there are none, it sees the end of the connection.
+        let Some(lanes) = shim.boundary.lanes() else { continue };
+        tokio::spawn(async move {
+            if let Err(err) = lanes.lend(borrower).await {
+                tracing::debug!(%err, "a lane came back");
+            }
+        });
+    }
 }
 
 /// The end of a container whose boundary ended under it: as if by SIGKILL.

@@ -4,7 +4,7 @@
 //! twice as many wake-ups as there are messages.
 
 use crate::watch;
-use rustix::io::Errno;
+use rustix::{fs::FileType, io::Errno};
 use std::{
     io::{self, IoSlice},
     os::fd::OwnedFd,
@@ -24,6 +24,8 @@ pub struct Duplex {
     room: Option<AsyncFd<OwnedFd>>,
     /// There may be something to read that no event will tell of.
     look: bool,
+    /// A read that brings less than it could has brought all; a virtio-serial port gives message by message.
+    short_is_all: bool,
     /// What one read brought. The reader's own buffer would have to be cleared for each.
     arrived: Box<[u8]>,
     /// Slices on their way in one write; `None`: the descriptor takes them as they are.
@@ -38,8 +40,15 @@ impl Duplex {
     pub fn new(fd: impl Into<OwnedFd>) -> io::Result<Self> {
         let fd = fd.into();
         rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK)?;
-        let fd = watch::watch(fd, Interest::READABLE)?;
-        Ok(Self { fd, room: None, look: false, arrived: vec![0; LARGEST].into(), gathered: None })
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
+        Ok(Self {
+            fd: watch::watch(fd, Interest::READABLE)?,
+            room: None,
+            look: false,
+            short_is_all: kind == FileType::Socket,
+            arrived: vec![0; LARGEST].into(),
+            gathered: None,
+        })
     }
 
     /// Copies slices together before it writes them.
@@ -101,6 +110,8 @@ impl AsyncRead for Duplex {
             let most = buffer.remaining().min(this.arrived.len());
             match rustix::io::read(this.fd.get_ref(), &mut this.arrived[..most]) {
                 Ok(count) => {
+                    // A hang-up that was told of with these bytes stays readable.
+                    this.look = !this.short_is_all || count == most;
                     buffer.put_slice(&this.arrived[..count]);
                     return Poll::Ready(Ok(()));
                 }
@@ -221,5 +232,16 @@ mod tests {
         drop(other);
         let end: io::Result<()> = timeout(SOON, filled).await.unwrap();
         assert_eq!(end.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test]
+    async fn bytes_and_the_end_that_came_with_them_are_both_read() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let mut one = Duplex::new(one).unwrap();
+        rustix::io::write(&other, b"last words").unwrap();
+        drop(other);
+        let mut got = String::new();
+        timeout(SOON, one.read_to_string(&mut got)).await.unwrap().unwrap();
+        assert_eq!(got, "last words");
     }
 }

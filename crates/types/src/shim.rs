@@ -8,6 +8,8 @@ use std::path::PathBuf;
 pub const CONFIG_FILE: &str = "shim.json";
 /// File name of the shim's gRPC socket in the state folder.
 pub const SOCKET_FILE: &str = "shim.sock";
+/// File name of the socket in the state folder at which the shim lends its machine's lanes.
+pub const LANES_FILE: &str = "lanes.sock";
 /// File name of the console's last 64 KiB, written when the boundary ends or a stage fails.
 pub const CONSOLE_FILE: &str = "console.log";
 

@@ -25,6 +25,8 @@ mod fd {
     pub(super) const STATE: i32 = 19;
     /// The table of processors, for a guest that boots.
     pub(super) const PROCESSORS: i32 = 20;
+    /// The first lane; the others follow.
+    pub(super) const LANES: i32 = 21;
 }
 
 /// The address QMP's `migrate-incoming` takes for the device state.
@@ -45,11 +47,15 @@ pub(crate) const MEMORY_ROOM_MB: u32 = 256 << 10;
 /// The slot for what is plugged in later: a device in it from the start would cost every pod its time.
 pub(crate) const SLOT: &str = "plug";
 
+/// Number of the first port that is a lane; before it are the agent's and the share's.
+const FIRST_LANE: u32 = 3;
+
 /// What QEMU is given besides its arguments.
 pub(crate) struct Wires {
     pub qmp: OwnedFd,
     pub agent: OwnedFd,
     pub volumes: OwnedFd,
+    pub lanes: Vec<OwnedFd>,
     pub console: OwnedFd,
     pub tap: OwnedFd,
     pub disk: OwnedFd,
@@ -174,10 +180,24 @@ fn devices(qemu: &mut Spawn, accel: Accel, wires: Wires) {
         Accel::Kvm => "on",
         Accel::Tcg => "off",
     };
-    let serial = format!("virtio-serial-pci,id=serial,max_ports=4,ioeventfd={kicks}");
+    // The first port is a console's, which there is none of. Each port has two queues and so has the device
+    // itself: with an interrupt for each, and one for changes, the guest need not ask them all who it was.
+    let ports = FIRST_LANE + a3s_box_lane::COUNT;
+    let vectors = 2 * (ports + 1) + 1;
+    let serial = format!(
+        "virtio-serial-pci,id=serial,max_ports={ports},vectors={vectors},ioeventfd={kicks}"
+    );
     args(qemu, &["-device", &serial]);
     args(qemu, &["-device", "virtserialport,bus=serial.0,nr=1,chardev=agent,name=agent"]);
     args(qemu, &["-device", "virtserialport,bus=serial.0,nr=2,chardev=volumes,name=volumes"]);
+    for (number, lane) in (0..).zip(wires.lanes) {
+        let (nr, name, fd) =
+            (FIRST_LANE + number, a3s_box_lane::name(number), fd::LANES + number as i32);
+        qemu.fd(lane, fd);
+        args(qemu, &["-chardev", &format!("socket,id={name},fd={fd}")]);
+        let port = format!("virtserialport,bus=serial.0,nr={nr},chardev={name},name={name}");
+        args(qemu, &["-device", &port]);
+    }
     args(qemu, &["-netdev", &format!("tap,id=net,fd={},vhost=off", fd::TAP)]);
     args(qemu, &["-device", "virtio-net-pci,netdev=net,mac=02:00:00:00:00:01,romfile="]);
     args(qemu, &["-add-fd", &format!("fd={},set=1", fd::DISK)]);

@@ -28,7 +28,7 @@ use std::{
 };
 
 /// Part of a template's key: what this file and the command line mean.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 /// The device state.
 pub const STATE_FILE: &str = "state";
 /// The guest's memory, sparse.
@@ -150,9 +150,10 @@ where
         boot: vm::boot(&vm_config, &config.kernel, &config.initramfs)?,
         ram: ram.try_clone().map_err(at(Stage::Prepare))?.into(),
     };
-    let (mut vm, streams) =
+    // Lanes stay connected: to a clone's guest nothing has changed about them.
+    let (mut vm, VmStreams { agent, volumes: share, lanes: _lanes }) =
         Vm::spawn(&vm_config, origin, disk, tap, dir.join("console.log")).await?;
-    let init = match ready(&mut vm, streams, volumes).await {
+    let init = match ready(&mut vm, agent, volumes(share)).await {
         Ok(init) => init,
         Err((stage, err)) => return Err(vm.failed(stage, err).await),
     };
@@ -170,18 +171,16 @@ where
 type Failed = (Stage, Box<dyn std::error::Error + Send + Sync>);
 
 /// Waits for share and agent, then hangs up on both, so that a clone's host connects anew.
-async fn ready<F, R>(vm: &mut Vm, streams: VmStreams, volumes: F) -> Result<Vec<u8>, Failed>
-where
-    F: FnOnce(UnixStream) -> R,
-    R: Future<Output = io::Result<Vec<u8>>>,
-{
-    let mut agent = tokio::net::UnixStream::from_std(streams.agent)
-        .map_err(|err| (Stage::Prepare, err.into()))?;
+async fn ready(
+    vm: &mut Vm,
+    agent: UnixStream,
+    share: impl Future<Output = io::Result<Vec<u8>>>,
+) -> Result<Vec<u8>, Failed> {
+    let mut agent =
+        tokio::net::UnixStream::from_std(agent).map_err(|err| (Stage::Prepare, err.into()))?;
     let both = async {
         tokio::try_join!(
-            async {
-                volumes(streams.volumes).await.map_err(|err| (Stage::Hello, Failed::from_io(err)))
-            },
+            async { share.await.map_err(|err| (Stage::Hello, Failed::from_io(err))) },
             async {
                 vm::wait_hello(&mut agent, BOOT_DEADLINE)
                     .await

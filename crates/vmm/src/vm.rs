@@ -45,13 +45,15 @@ pub struct VmParts {
     pub console_file: PathBuf,
 }
 
-/// The host's ends of the guest's two ports, non-blocking.
+/// The host's ends of the guest's ports, non-blocking.
 #[derive(Debug)]
 pub struct VmStreams {
     /// The agent's; its hello has not been read.
     pub agent: UnixStream,
     /// The share's.
     pub volumes: UnixStream,
+    /// The lanes, in the order of their numbers.
+    pub lanes: Vec<UnixStream>,
 }
 
 /// How a virtual machine ended.
@@ -119,11 +121,15 @@ impl Vm {
         let (qmp, qmp_far) = UnixStream::pair().map_err(at(Stage::Prepare))?;
         let (agent, agent_far) = UnixStream::pair().map_err(at(Stage::Prepare))?;
         let (volumes, volumes_far) = UnixStream::pair().map_err(at(Stage::Prepare))?;
+        let lanes = (0..a3s_box_lane::COUNT).map(|_| UnixStream::pair());
+        let lanes: Vec<_> = lanes.collect::<Result<_, _>>().map_err(at(Stage::Prepare))?;
+        let (lanes, lanes_far): (Vec<_>, Vec<_>) = lanes.into_iter().unzip();
         let (console_near, console_far) = UnixStream::pair().map_err(at(Stage::Prepare))?;
         let wires = Wires {
             qmp: qmp_far.into(),
             agent: agent_far.into(),
             volumes: volumes_far.into(),
+            lanes: lanes_far.into_iter().map(OwnedFd::from).collect(),
             // QEMU's own complaints go where the guest's do.
             console: console_far.try_clone().map_err(at(Stage::Prepare))?.into(),
             tap,
@@ -131,7 +137,7 @@ impl Vm {
         };
         let mut qemu = command::qemu(config, wires, origin);
         qemu.output = Some(console_far.into());
-        for stream in [&agent, &volumes] {
+        for stream in [&agent, &volumes].into_iter().chain(&lanes) {
             stream.set_nonblocking(true).map_err(at(Stage::Prepare))?;
         }
         let (console, reader) = Console::follow(console_near).map_err(at(Stage::Prepare))?;
@@ -155,7 +161,7 @@ impl Vm {
             qmp: Arc::new(Mutex::new(qmp)),
             exit: None,
         };
-        Ok((vm, VmStreams { agent, volumes }))
+        Ok((vm, VmStreams { agent, volumes, lanes }))
     }
 
     /// QEMU's process id.

@@ -9,7 +9,16 @@ use crate::{
     node::ContainerImage,
     shim_client::{Detail, ShimClient},
 };
-use a3s_box_api::cri;
+use a3s_box_api::{
+    agent::v1::{self as agent, exec_input, exec_output},
+    cri,
+};
+use a3s_box_lane::{
+    Mark,
+    frame::{Kind, Reader, Writer},
+    lease::Lane,
+};
+use a3s_box_sys::duplex::Duplex;
 use a3s_box_types::{
     SandboxId,
     network::{GuestNetwork, Interface, Neighbour, Route},
@@ -21,10 +30,13 @@ use std::{
     time::Duration,
 };
 use tokio::sync::OnceCell;
+use tokio_stream::StreamExt;
 
 /// The agent's name in its image, and the word that makes it the rehearsal's program.
 const PROGRAM: [&str; 2] = ["/agent", "rehearse"];
 const EXEC_TIMEOUT: Duration = Duration::from_secs(60);
+/// Keys until a translator has seen all of their way.
+const KEYS: usize = 8;
 /// In the folder of rehearsals: the image's only layer.
 const LAYER_FILE: &str = "agent.erofs";
 
@@ -67,8 +79,7 @@ impl Rehearsal {
         let container = new.record.id.to_string();
         shim.create_container(new.order).await?;
         shim.start_container(&container).await?;
-        let command = PROGRAM.map(str::to_owned).to_vec();
-        let ran = shim.exec_sync(&container, command, Some(EXEC_TIMEOUT)).await?;
+        let ran = shim.exec_sync(&container, program(None), Some(EXEC_TIMEOUT)).await?;
         if ran.exit_code != 0 {
             let why = format!(
                 "exit code {}: {}",
@@ -76,6 +87,9 @@ impl Rehearsal {
                 String::from_utf8_lossy(&ran.stderr).trim()
             );
             return Err(SandboxError::step("run the rehearsal's command", why));
+        }
+        if let Some(lane) = shim.borrow_lane().await {
+            type_keys(shim, &container, lane).await?;
         }
         shim.stats(Vec::new(), Detail::Plain).await?;
         shim.remove_container(&container).await?;
@@ -102,6 +116,55 @@ impl Rehearsal {
         blocking(STEP, move || removed(fs::remove_dir_all(&root))).await?;
         Ok(layer)
     }
+}
+
+/// The program, and what it does besides its line.
+fn program(then: Option<&str>) -> Vec<String> {
+    PROGRAM.into_iter().chain(then).map(str::to_owned).collect()
+}
+
+/// Types on a terminal, and waits for each key to show.
+async fn type_keys(shim: &ShimClient, container: &str, lane: Lane) -> Result<(), SandboxError> {
+    const STEP: &str = "rehearse a terminal";
+    let failed = |error: io::Error| SandboxError::step(STEP, error);
+    let mark: Mark = rand::random();
+    let start = agent::ExecStart {
+        container_id: container.to_owned(),
+        args: program(Some("listen")),
+        tty: true,
+        stdin: true,
+        outlives_call: false,
+        lane: Some(agent::Lane { number: lane.number, mark: mark.to_vec().into() }),
+    };
+    let input = agent::ExecInput { kind: Some(exec_input::Kind::Start(start)) };
+    let inputs = tokio_stream::iter([input]).chain(tokio_stream::pending());
+    let mut call = shim.exec(inputs).await?;
+    let typed = async {
+        let (from, to) = tokio::io::split(Duplex::new(lane.stream)?);
+        let mut keys = Writer::begin(to, &mark).await?;
+        let mut screen = Reader::begin(from, &mark).await?;
+        // What comes first is the program's line, and the last key ends it.
+        for key in [b"k"; KEYS].into_iter().chain([b"\n"]) {
+            screen.next().await?;
+            keys.send(Kind::Main, key).await?;
+        }
+        while !matches!(screen.next().await?, None | Some((Kind::End, _))) {}
+        Ok(())
+    };
+    let ended = async {
+        while let Some(output) = call.message().await.map_err(io::Error::other)? {
+            match output.kind {
+                Some(exec_output::Kind::Exit(exit)) if exit.code == 0 => return Ok(()),
+                Some(exec_output::Kind::Exit(exit)) => {
+                    return Err(io::Error::other(format!("exit code {}", exit.code)));
+                }
+                _ => {}
+            }
+        }
+        Err(io::Error::other("the program's end was not told"))
+    };
+    let both = tokio::time::timeout(EXEC_TIMEOUT, async { tokio::try_join!(typed, ended) }).await;
+    both.unwrap_or_else(|late| Err(late.into())).map(drop).map_err(failed)
 }
 
 /// Addresses of documentation (RFC 5737), which lead nowhere.
@@ -149,7 +212,7 @@ fn container(folder: &Path) -> cri::ContainerConfig {
     cri::ContainerConfig {
         metadata: Some(cri::ContainerMetadata { name: "rehearsal".to_owned(), attempt: 0 }),
         image: Some(cri::ImageSpec { image: "rehearsal".to_owned(), ..Default::default() }),
-        command: PROGRAM.map(str::to_owned).to_vec(),
+        command: program(None),
         args: vec!["stay".to_owned()],
         mounts: vec![cri::Mount {
             container_path: "/volume".to_owned(),
