@@ -6,9 +6,11 @@
 use crate::error::{Error, Step};
 use bytes::Bytes;
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fd::OwnedFd,
     io::Errno,
     pipe::{PipeFlags, pipe_with},
+    pty::OpenptFlags,
     termios::Winsize,
 };
 use std::{
@@ -197,6 +199,16 @@ impl OutputEnd {
                 ready.clear_ready();
             }
         })
+    }
+
+    /// Returns when the kernel is done with what was typed on a terminal; for a pipe, at once. A key that sends a
+    /// signal may have ended its process before it is shown: who reads only what is there would miss it.
+    pub fn settle(&self) {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        if let Ok(peer) = rustix::pty::ioctl_tiocgptpeer(self.descriptor(), flags) {
+            // A look at that end waits for the kernel's worker (n_tty_poll, tty_buffer_flush_work).
+            poll(&mut [PollFd::new(&peer, PollFlags::IN)], Some(&Timespec::default())).ok();
+        }
     }
 
     /// A second handle, to keep reading for those who still write after the process's own end.

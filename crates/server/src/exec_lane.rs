@@ -103,3 +103,39 @@ async fn exit_code(mut call: Streaming<agent::ExecOutput>) -> Result<i32, Backen
     }
     Err(BackendError("the command's end was not told".to_owned()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MARK: Mark = [3; 16];
+
+    #[tokio::test]
+    async fn what_is_typed_goes_in_order_and_its_end_is_told() {
+        let (keys, stdin) = mpsc::channel(4);
+        keys.send("a".into()).await.unwrap();
+        keys.send("b".into()).await.unwrap();
+        drop(keys);
+        let mut lane = Vec::new();
+        type_in(Some(stdin), &mut lane, &MARK).await.unwrap();
+        let mut reader = Reader::begin(&lane[..], &MARK).await.unwrap();
+        for expected in [(Kind::Main, &b"a"[..]), (Kind::Main, b"b"), (Kind::End, b"")] {
+            assert_eq!(reader.next().await.unwrap().unwrap(), expected);
+        }
+        assert!(reader.next().await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_is_shown_ends_with_the_guests_word_or_its_nonsense() {
+        let mut lane = Vec::new();
+        let mut writer = Writer::begin(&mut lane, &MARK).await.unwrap();
+        writer.send(Kind::Stderr, b"to nobody").await.unwrap();
+        writer.end().await.unwrap();
+        lane.extend_from_slice(&[0xff; 4]);
+        // A client that did not ask for an output does not see it; after the end nobody listens.
+        show_all(&lane[..], &MARK, None, None).await.unwrap();
+        let nonsense = [&MARK[..], &[0xff; 4]].concat();
+        let error = show_all(&nonsense[..], &MARK, None, None).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -84,7 +84,9 @@ pub(crate) fn qemu(config: &VmConfig, wires: Wires, origin: Origin) -> Spawn {
     let mut qemu = Spawn::new(&config.qemu);
     qemu.session = true;
     qemu.death_signal = Some(libc_sigkill());
-    qemu.no_huge_pages = true;
+    // QEMU asks for them for the guest's memory, of which a pod would then have far more than it uses. A
+    // clone's cannot be in them, being a file's, so its translator's code may.
+    qemu.no_huge_pages = !matches!((config.accel, &origin), (Accel::Tcg, Origin::Clone { .. }));
     qemu.identity = Some(Identity { uid: config.uid, groups: kvm_group(config.accel) });
     machine(&mut qemu, config);
     memory_and_start(&mut qemu, config, origin);
@@ -111,7 +113,13 @@ fn machine(qemu: &mut Spawn, config: &VmConfig) {
         Accel::Kvm => args(qemu, &["-accel", "kvm", "-cpu", "host"]),
         // la57 would make every page walk five levels deep, and erms has pages cleared and copied byte
         // by byte, which is fast in hardware only.
-        Accel::Tcg => args(qemu, &["-accel", "tcg,tb-size=128", "-cpu", "max,la57=off,erms=off"]),
+        Accel::Tcg => {
+            // A processor that is alone needs no atomic instructions of the host, and has all of the
+            // translated code in one piece.
+            let thread = if config.size.vcpus == 1 { "single" } else { "multi" };
+            let accel = format!("tcg,tb-size=128,thread={thread}");
+            args(qemu, &["-accel", &accel, "-cpu", "max,la57=off,erms=off"]);
+        }
     }
     let most = config.further_vcpus().end;
     let smp = format!("cpus={},maxcpus={most},sockets=1,cores={most},threads=1", config.size.vcpus);

@@ -9,7 +9,7 @@
 //! memory, device state (without memory) and disk. A **clone** maps the memory privately, loads the
 //! state and goes on from there, so it is ready in the time QEMU takes to start.
 //!
-//! **The hello.** The guest has two virtio-serial ports, `agent` and `volumes`. On each the guest
+//! **The hello.** Besides lanes the guest has two virtio-serial ports, `agent` and `volumes`. On each it
 //! waits until the host's end is open. On `agent` it then writes [`HELLO`] and serves one HTTP/2
 //! connection until the host closes; the host is silent until it has read the hello. Building a
 //! template, the host reads the hello, closes both ends, lets the guest see that, and only then
