@@ -147,7 +147,11 @@ async fn tell(
             }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) if !last => source.more = false,
-            // A terminal whose last user is gone says EIO.
+            // A terminal whose last user is gone says EIO, also before a key's echo.
+            Err(Errno::IO) if !source.settled => {
+                source.settled = true;
+                source.end.settle();
+            }
             Ok(0) | Err(_) => drop(sources.remove(at)),
         }
     }
@@ -160,6 +164,8 @@ struct Source<'a> {
     end: &'a OutputEnd,
     /// There may be something to read.
     more: bool,
+    /// The kernel is done with what was typed.
+    settled: bool,
 }
 
 impl<'a> Source<'a> {
@@ -168,7 +174,7 @@ impl<'a> Source<'a> {
             Output::Stdout => Kind::Main,
             Output::Stderr => Kind::Stderr,
         };
-        Self { kind, end, more: false }
+        Self { kind, end, more: false, settled: false }
     }
 }
 

@@ -156,6 +156,7 @@ impl OutputEnd {
         let mut buffer = Vec::with_capacity(CHUNK);
         // What there was has been read, and more of it is an event.
         let mut empty = true;
+        let mut settled = false;
         loop {
             if empty && !*ended.borrow() {
                 tokio::select! {
@@ -180,7 +181,12 @@ impl OutputEnd {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if *ended.borrow() => return,
                 Err(Errno::AGAIN) => empty = true,
-                // A terminal whose last user is gone says EIO.
+                // A terminal whose last user is gone says EIO, also before a key's echo.
+                Err(Errno::IO) if !settled => {
+                    settled = true;
+                    empty = false;
+                    self.settle();
+                }
                 Err(_) => return,
             }
         }

@@ -119,6 +119,26 @@ async fn a_lane_carries_one_session_after_the_other() {
         assert_eq!(timeout(SOON, exit_code(call)).await.unwrap(), 5);
     }
 
+    // A key that ends its process is shown.
+    for round in 0..20 {
+        let (lane, mark) = (&lanes[0], [round + 100; 16]);
+        let (_inputs, call) =
+            exec(&mut sandbox, &id, lane, mark, true, "echo begun; exec sleep 1000").await;
+        let stream = lane.stream.try_clone().unwrap();
+        let (from, to) = tokio::io::split(Duplex::new(stream).unwrap());
+        let mut writer = Writer::begin(to, &mark).await.unwrap();
+        let mut reader = timeout(SOON, Reader::begin(from, &mark)).await.unwrap().unwrap();
+        let mut said = Vec::new();
+        while let Some((Kind::Main, bytes)) = timeout(SOON, reader.next()).await.unwrap().unwrap() {
+            said.extend_from_slice(bytes);
+            if said == b"begun\r\n" {
+                writer.send(Kind::Main, b"\x03").await.unwrap();
+            }
+        }
+        assert_eq!(timeout(SOON, exit_code(call)).await.unwrap(), 130);
+        assert_eq!(String::from_utf8_lossy(&said), "begun\r\n^C", "round {round}");
+    }
+
     // An order of a lane that is not there ends the call, and nothing else.
     let none = Lane { number: 99, ..lanes.remove(0) };
     let (_inputs, mut call) = exec(&mut sandbox, &id, &none, [9; 16], false, "true").await;
