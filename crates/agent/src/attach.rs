@@ -2,7 +2,7 @@
 
 use crate::{
     container::{Container, State},
-    streams::{Input, Output, OutputEnd, Streams},
+    streams::{Input, Output, Streams},
 };
 use a3s_box_api::agent::v1::{self as api, io_output};
 use std::sync::Arc;
@@ -23,7 +23,6 @@ pub async fn run(
     // A process with this state has nothing more to say than what is in its pipes.
     let ended = watch::Sender::new(false);
     let mut outputs = JoinSet::new();
-    let ends: Vec<_> = streams.outputs.iter().map(|(_, output)| output.rest()).collect();
     for (kind, output) in streams.outputs {
         let wrap = move |bytes| {
             let kind = match kind {
@@ -44,8 +43,6 @@ pub async fn run(
         // An error: the container is gone.
         _ = state.wait_for(|state| matches!(state, State::Exited(_))) => {}
     }
-    ends.iter().for_each(OutputEnd::settle);
-    drop(ends);
     ended.send_replace(true);
     done.await;
 }

@@ -13,7 +13,7 @@ use crate::{
     launcher::Descriptors,
     plan::{ExecPlan, Plan},
     reaper::Ended,
-    streams::{self, Input, Output, OutputEnd, Stdin},
+    streams::{self, Input, Output, Stdin},
 };
 use a3s_box_api::agent::v1::{self as api, exec_input, exec_output};
 use a3s_box_sys::signal;
@@ -159,9 +159,8 @@ async fn inside(
         () = answers.closed(), if !outlives_call => return Ok(Outcome::Abandoned),
     };
     let Ended { code, signal, at } = ended_how;
-    tasks.abort_all();
-    rests.iter().for_each(OutputEnd::settle);
     ended.send_replace(true);
+    tasks.abort_all();
     while outputs.join_next().await.is_some() {}
     let oom_killed = signal == Signal::KILL.as_raw() as u32 && container.cgroup.oom_kills() > kills;
     let exit = api::Exit { code, signal, exited_at: at, oom_killed, ..Default::default() };

@@ -147,8 +147,9 @@ async fn tell(
             }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) if !last => source.more = false,
-            // A terminal whose last user is gone says EIO, also before a key's echo.
-            Err(Errno::IO) if !source.settled => {
+            // That is all, unless the last key's echo is still to come. A terminal whose last user is gone says
+            // EIO.
+            Err(Errno::AGAIN | Errno::IO) if !source.settled => {
                 source.settled = true;
                 source.end.settle();
             }

@@ -179,10 +179,10 @@ impl OutputEnd {
                     }
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if *ended.borrow() => return,
-                Err(Errno::AGAIN) => empty = true,
-                // A terminal whose last user is gone says EIO, also before a key's echo.
-                Err(Errno::IO) if !settled => {
+                Err(Errno::AGAIN) if !*ended.borrow() => empty = true,
+                // That is all, unless the last key's echo is still to come. A terminal whose last user is gone
+                // says EIO.
+                Err(Errno::AGAIN | Errno::IO) if !settled => {
                     settled = true;
                     empty = false;
                     self.settle();

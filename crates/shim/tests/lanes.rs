@@ -65,6 +65,32 @@ async fn exit_code(mut call: Streaming<agent::ExecOutput>) -> i32 {
     }
 }
 
+/// What a terminal shows, and how its process ends, when `typed` is typed at its first line.
+async fn conversation(
+    sandbox: &mut Sandbox,
+    id: &ContainerId,
+    lane: &Lane,
+    mark: Mark,
+    script: &str,
+    typed: &[u8],
+) -> (String, i32) {
+    let (_inputs, call) = exec(sandbox, id, lane, mark, true, script).await;
+    let stream = lane.stream.try_clone().unwrap();
+    let (from, to) = tokio::io::split(Duplex::new(stream).unwrap());
+    let mut writer = Writer::begin(to, &mark).await.unwrap();
+    let mut reader = timeout(SOON, Reader::begin(from, &mark)).await.unwrap().unwrap();
+    let (mut said, mut answered) = (Vec::new(), false);
+    while let Some((Kind::Main, bytes)) = timeout(SOON, reader.next()).await.unwrap().unwrap() {
+        said.extend_from_slice(bytes);
+        if !answered && said.ends_with(b"\r\n") {
+            answered = true;
+            writer.send(Kind::Main, typed).await.unwrap();
+        }
+    }
+    let code = timeout(SOON, exit_code(call)).await.unwrap();
+    (String::from_utf8_lossy(&said).into_owned(), code)
+}
+
 #[tokio::test]
 async fn a_lane_carries_one_session_after_the_other() {
     let dir = tempfile::tempdir().unwrap();
@@ -100,43 +126,18 @@ async fn a_lane_carries_one_session_after_the_other() {
         }
     }
     assert!(lane(&sandbox).await.is_none());
+    let script = "stty -echo; echo ready; read line; echo \"got $line\"; exit 5";
     for lane in lanes.iter().rev() {
         let mark = [lane.number as u8 + 2; 16];
-        let script = "stty -echo; echo ready; read line; echo \"got $line\"; exit 5";
-        let (_inputs, call) = exec(&mut sandbox, &id, lane, mark, true, script).await;
-        let stream = lane.stream.try_clone().unwrap();
-        let (from, to) = tokio::io::split(Duplex::new(stream).unwrap());
-        let mut writer = Writer::begin(to, &mark).await.unwrap();
-        let mut reader = timeout(SOON, Reader::begin(from, &mark)).await.unwrap().unwrap();
-        let mut said = Vec::new();
-        while let Some((Kind::Main, bytes)) = timeout(SOON, reader.next()).await.unwrap().unwrap() {
-            if said.is_empty() {
-                writer.send(Kind::Main, b"a line\n").await.unwrap();
-            }
-            said.extend_from_slice(bytes);
-        }
-        assert_eq!(String::from_utf8_lossy(&said), "ready\r\ngot a line\r\n");
-        assert_eq!(timeout(SOON, exit_code(call)).await.unwrap(), 5);
+        let told = conversation(&mut sandbox, &id, lane, mark, script, b"a line\n").await;
+        assert_eq!(told, ("ready\r\ngot a line\r\n".to_owned(), 5));
     }
 
     // A key that ends its process is shown.
     for round in 0..20 {
-        let (lane, mark) = (&lanes[0], [round + 100; 16]);
-        let (_inputs, call) =
-            exec(&mut sandbox, &id, lane, mark, true, "echo begun; exec sleep 1000").await;
-        let stream = lane.stream.try_clone().unwrap();
-        let (from, to) = tokio::io::split(Duplex::new(stream).unwrap());
-        let mut writer = Writer::begin(to, &mark).await.unwrap();
-        let mut reader = timeout(SOON, Reader::begin(from, &mark)).await.unwrap().unwrap();
-        let mut said = Vec::new();
-        while let Some((Kind::Main, bytes)) = timeout(SOON, reader.next()).await.unwrap().unwrap() {
-            said.extend_from_slice(bytes);
-            if said == b"begun\r\n" {
-                writer.send(Kind::Main, b"\x03").await.unwrap();
-            }
-        }
-        assert_eq!(timeout(SOON, exit_code(call)).await.unwrap(), 130);
-        assert_eq!(String::from_utf8_lossy(&said), "begun\r\n^C", "round {round}");
+        let (mark, script) = ([round + 100; 16], "echo begun; exec sleep 1000");
+        let told = conversation(&mut sandbox, &id, &lanes[0], mark, script, b"\x03").await;
+        assert_eq!(told, ("begun\r\n^C".to_owned(), 130), "round {round}");
     }
 
     // An order of a lane that is not there ends the call, and nothing else.
