@@ -134,16 +134,17 @@ async fn inside(
 
     let ended = watch::Sender::new(false);
     let mut outputs = JoinSet::new();
-    let rests: Vec<_> = streams.outputs.iter().map(|(_, output)| output.rest()).collect();
+    let mut rests = Vec::new();
     let mut tasks = JoinSet::new();
     match lane {
         Some(lane) => {
             tasks.spawn(feed(inputs, streams.input.sizer()?, spawned.pidfd));
-            outputs.spawn(lane.carry(streams, ended.subscribe(), answers.clone()));
+            outputs.spawn(lane.carry(streams, ended.subscribe(), answers.clone())?);
         }
         None => {
             tasks.spawn(feed(inputs, streams.input, spawned.pidfd));
             for (kind, output) in streams.outputs {
+                rests.push(output.rest());
                 let wrap = move |bytes| {
                     Ok(answer(match kind {
                         Output::Stdout => exec_output::Kind::Stdout(bytes),

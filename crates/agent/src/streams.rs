@@ -8,15 +8,13 @@ use bytes::Bytes;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fd::OwnedFd,
+    fs::OFlags,
     io::Errno,
     pipe::{PipeFlags, pipe_with},
     pty::OpenptFlags,
     termios::Winsize,
 };
-use std::{
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::sync::Arc;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{mpsc, watch},
@@ -48,6 +46,8 @@ pub struct Streams {
 pub struct Input {
     fd: Option<OwnedFd>,
     terminal: bool,
+    /// Somebody else writes to it.
+    sizes_only: bool,
 }
 
 /// One output's end.
@@ -68,7 +68,8 @@ pub fn pipes(stdin: Stdin) -> Result<([Option<OwnedFd>; 3], Streams), Error> {
     let (err, child_err) = pipe()?;
     let outputs =
         vec![(Output::Stdout, OutputEnd::new(out)?), (Output::Stderr, OutputEnd::new(err)?)];
-    let streams = Streams { input: Input { fd: input, terminal: false }, outputs };
+    let streams =
+        Streams { input: Input { fd: input, terminal: false, sizes_only: false }, outputs };
     Ok(([Some(child_in), Some(child_out), Some(child_err)], streams))
 }
 
@@ -84,12 +85,22 @@ pub enum Stdin {
 /// The streams of a terminal.
 pub fn terminal(master: OwnedFd) -> Result<Streams, Error> {
     let fd = master.try_clone().step("standard streams")?;
-    let input = Input { fd: Some(fd), terminal: true };
+    let input = Input { fd: Some(fd), terminal: true, sizes_only: false };
     Ok(Streams { input, outputs: vec![(Output::Stdout, OutputEnd::new(master)?)] })
 }
 
+/// Returns when the kernel is done with what was typed on a terminal; for a pipe, at once. A key that sends a
+/// signal may have ended its process before it is shown: who reads only what is there would miss it.
+pub fn settle(output: &OwnedFd) {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    if let Ok(peer) = rustix::pty::ioctl_tiocgptpeer(output, flags) {
+        // A look at that end waits for the kernel's worker (n_tty_poll, tty_buffer_flush_work).
+        poll(&mut [PollFd::new(&peer, PollFlags::IN)], Some(&Timespec::default())).ok();
+    }
+}
+
 fn unblocked(fd: OwnedFd) -> Result<OwnedFd, Error> {
-    rustix::fs::fcntl_setfl(&fd, rustix::fs::OFlags::NONBLOCK).step("standard streams")?;
+    rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK).step("standard streams")?;
     Ok(fd)
 }
 
@@ -97,7 +108,7 @@ impl Input {
     /// Writes everything, waiting for the process to read. Nobody reading is not an error: the
     /// process need not take its input.
     pub async fn write(&mut self, mut bytes: &[u8]) {
-        let Some(fd) = &self.fd else { return };
+        let Some(fd) = self.fd.as_ref().filter(|_| !self.sizes_only) else { return };
         while !bytes.is_empty() {
             match rustix::io::write(fd, bytes) {
                 Ok(count) => bytes = &bytes[count..],
@@ -120,10 +131,18 @@ impl Input {
         }
     }
 
-    /// A handle that changes a terminal's size; of a pipe it does nothing.
+    /// A handle that changes a terminal's size and writes nothing; of a pipe it does nothing at all.
     pub fn sizer(&self) -> Result<Self, Error> {
         let fd = self.fd.as_ref().filter(|_| self.terminal).map(OwnedFd::try_clone);
-        Ok(Self { fd: fd.transpose().step("standard streams")?, terminal: self.terminal })
+        let fd = fd.transpose().step("standard streams")?;
+        Ok(Self { fd, terminal: self.terminal, sizes_only: true })
+    }
+
+    /// For a thread that may wait for room.
+    pub fn blocking(self) -> Result<BlockingInput, Error> {
+        let Self { fd, terminal, .. } = self;
+        let fd = fd.map(|fd| rustix::fs::fcntl_setfl(&fd, OFlags::empty()).map(|()| fd));
+        Ok(BlockingInput { fd: fd.transpose().step("standard streams")?, terminal })
     }
 
     /// The terminal's new size; nothing for a pipe.
@@ -138,8 +157,38 @@ impl Input {
     }
 }
 
+/// Where stdin goes, for a thread.
+#[derive(Debug, Default)]
+pub struct BlockingInput {
+    fd: Option<OwnedFd>,
+    terminal: bool,
+}
+
+impl BlockingInput {
+    /// Writes everything, as [`Input::write`] does; what is left is dropped when the thread is interrupted and
+    /// `given_up` says so.
+    pub fn write(&mut self, mut bytes: &[u8], given_up: impl Fn() -> bool) {
+        let Some(fd) = &self.fd else { return };
+        while !bytes.is_empty() && !given_up() {
+            match rustix::io::write(fd, bytes) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(Errno::INTR) => {}
+                Err(_) => return self.close(),
+            }
+        }
+    }
+
+    /// As [`Input::close`].
+    pub fn close(&mut self) {
+        if !self.terminal {
+            self.fd = None;
+        }
+    }
+}
+
 impl OutputEnd {
-    fn new(fd: OwnedFd) -> Result<Self, Error> {
+    /// Takes the reading end.
+    pub fn new(fd: OwnedFd) -> Result<Self, Error> {
         let watched = a3s_box_sys::watch::watch(unblocked(fd)?, Interest::READABLE);
         watched.map(|fd| Self(Arc::new(fd))).step("standard streams")
     }
@@ -185,36 +234,19 @@ impl OutputEnd {
                 Err(Errno::AGAIN | Errno::IO) if !settled => {
                     settled = true;
                     empty = false;
-                    self.settle();
+                    settle(self.0.get_ref());
                 }
                 Err(_) => return,
             }
         }
     }
 
-    /// What to read, which does not block.
-    pub fn descriptor(&self) -> &OwnedFd {
-        self.0.get_ref()
-    }
-
-    /// Whether there is something to read, or the end. From then on only more of it is.
-    pub fn poll_ready(&self, context: &mut Context<'_>) -> Poll<()> {
-        self.0.poll_read_ready(context).map(|ready| {
-            // An error is read's to tell.
-            if let Ok(mut ready) = ready {
-                ready.clear_ready();
-            }
-        })
-    }
-
-    /// Returns when the kernel is done with what was typed on a terminal; for a pipe, at once. A key that sends a
-    /// signal may have ended its process before it is shown: who reads only what is there would miss it.
-    pub fn settle(&self) {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        if let Ok(peer) = rustix::pty::ioctl_tiocgptpeer(self.descriptor(), flags) {
-            // A look at that end waits for the kernel's worker (n_tty_poll, tty_buffer_flush_work).
-            poll(&mut [PollFd::new(&peer, PollFlags::IN)], Some(&Timespec::default())).ok();
-        }
+    /// For a thread that may wait for output. There must be no [`Self::rest`] of it.
+    pub fn blocking(self) -> Result<OwnedFd, Error> {
+        let fd = Arc::into_inner(self.0).map(AsyncFd::into_inner);
+        let fd = fd.ok_or_else(|| Error::NotNow("an output has two readers".to_owned()))?;
+        rustix::fs::fcntl_setfl(&fd, OFlags::empty()).step("standard streams")?;
+        Ok(fd)
     }
 
     /// A second handle, to keep reading for those who still write after the process's own end.

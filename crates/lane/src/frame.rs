@@ -27,14 +27,137 @@ impl Kind {
     const ALL: [Self; 3] = [Self::Main, Self::Stderr, Self::End];
 }
 
-/// The half that listens.
+/// Makes frames of what arrives, whoever brings it.
 #[derive(Debug)]
-pub struct Reader<R> {
-    from: R,
+pub struct Parser {
+    mark: Mark,
+    begun: bool,
+    /// Bytes before the mark.
+    skipped: usize,
     buffer: Box<[u8]>,
     /// What of the buffer has come and not been taken.
     start: usize,
     end: usize,
+}
+
+impl Parser {
+    /// For a session with this mark; everything before it is skipped.
+    pub fn new(mark: &Mark) -> Self {
+        let buffer = vec![0; HEAD + LARGEST].into();
+        Self { mark: *mark, begun: false, skipped: 0, buffer, start: 0, end: 0 }
+    }
+
+    /// Another session: its mark may be in what has come already.
+    pub fn begin(&mut self, mark: &Mark) {
+        (self.mark, self.begun, self.skipped) = (*mark, false, 0);
+    }
+
+    /// Where to put what comes next; then call [`Self::came`]. Not empty once [`Self::frame`] has said `None`.
+    pub fn room(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        &mut self.buffer[self.end..]
+    }
+
+    /// So many bytes are in the room now.
+    pub fn came(&mut self, count: usize) {
+        self.end += count;
+    }
+
+    /// The next frame, when all of it has come.
+    ///
+    /// # Errors
+    /// `InvalidData` for what is no frame, or when there is too much before the mark.
+    pub fn frame(&mut self) -> io::Result<Option<(Kind, &[u8])>> {
+        Ok(self.head()?.map(|(kind, length)| (kind, self.take(length))))
+    }
+
+    /// The next frame's kind and length, when all of it has come.
+    fn head(&mut self) -> io::Result<Option<(Kind, usize)>> {
+        if !self.begun()? {
+            return Ok(None);
+        }
+        let &[kind, a, b, c, ..] = self.waiting() else { return Ok(None) };
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        let kind = Kind::ALL.get(usize::from(kind)).filter(|_| length <= LARGEST);
+        let kind = *kind.ok_or_else(|| broken("the other side sent what is no frame"))?;
+        Ok((self.waiting().len() >= HEAD + length).then_some((kind, length)))
+    }
+
+    /// The bytes of the frame with this length.
+    fn take(&mut self, length: usize) -> &[u8] {
+        let first = self.start + HEAD;
+        self.start = first + length;
+        &self.buffer[first..first + length]
+    }
+
+    /// Whether the mark has come; it and what is before it are taken.
+    ///
+    /// # Errors
+    /// `InvalidData` when there is too much before it.
+    pub fn begun(&mut self) -> io::Result<bool> {
+        if self.begun {
+            return Ok(true);
+        }
+        let mark = &self.mark;
+        if let Some(at) = self.waiting().windows(mark.len()).position(|window| window == mark) {
+            self.start += at + self.mark.len();
+            self.begun = true;
+            return Ok(true);
+        }
+        // The mark's first bytes may be there.
+        let useless = self.waiting().len().saturating_sub(mark.len() - 1);
+        self.start += useless;
+        self.skipped += useless;
+        match self.skipped > STALE_MOST {
+            true => Err(broken("the other side does not begin the session")),
+            false => Ok(false),
+        }
+    }
+
+    fn waiting(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+}
+
+/// One frame on its way out.
+#[derive(Debug)]
+pub struct Frame(Box<[u8]>);
+
+impl Frame {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self(vec![0; HEAD + LARGEST].into())
+    }
+
+    /// Where its bytes may be put, [`LARGEST`] of them.
+    pub fn room(&mut self) -> &mut [u8] {
+        &mut self.0[HEAD..]
+    }
+
+    /// The whole frame, of the first `count` bytes in the room.
+    pub fn bytes(&mut self, kind: Kind, count: usize) -> &[u8] {
+        // No more than LARGEST, which has three bytes.
+        let [_, a, b, c] = (count as u32).to_be_bytes();
+        self.0[..HEAD].copy_from_slice(&[kind as u8, a, b, c]);
+        &self.0[..HEAD + count]
+    }
+}
+
+impl Default for Frame {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The half that listens.
+#[derive(Debug)]
+pub struct Reader<R> {
+    from: R,
+    parser: Parser,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
@@ -43,26 +166,13 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     /// # Errors
     /// The lane's, its end among them, or `InvalidData` when there is too much to skip.
     pub async fn begin(from: R, mark: &Mark) -> io::Result<Self> {
-        let buffer = vec![0; HEAD + LARGEST].into();
-        let mut reader = Self { from, buffer, start: 0, end: 0 };
-        let mut skipped = 0;
-        loop {
-            let found = reader.waiting().windows(mark.len()).position(|window| window == mark);
-            if let Some(at) = found {
-                reader.start += at + mark.len();
-                return Ok(reader);
-            }
-            // The mark's first bytes may be there.
-            let useless = reader.waiting().len().saturating_sub(mark.len() - 1);
-            reader.start += useless;
-            skipped += useless;
-            if skipped > STALE_MOST {
-                return Err(broken("the other side does not begin the session"));
-            }
+        let mut reader = Self { from, parser: Parser::new(mark) };
+        while !reader.parser.begun()? {
             if !reader.more().await? {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
+        Ok(reader)
     }
 
     /// The next frame; `None` when the lane is gone.
@@ -71,15 +181,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     /// The lane's, or `InvalidData` for what is no frame.
     pub async fn next(&mut self) -> io::Result<Option<(Kind, &[u8])>> {
         loop {
-            if let &[kind, a, b, c, ..] = self.waiting() {
-                let length = u32::from_be_bytes([0, a, b, c]) as usize;
-                let kind = Kind::ALL.get(usize::from(kind)).filter(|_| length <= LARGEST);
-                let kind = *kind.ok_or_else(|| broken("the other side sent what is no frame"))?;
-                if self.waiting().len() >= HEAD + length {
-                    let first = self.start + HEAD;
-                    self.start = first + length;
-                    return Ok(Some((kind, &self.buffer[first..first + length])));
-                }
+            if let Some((kind, length)) = self.parser.head()? {
+                return Ok(Some((kind, self.parser.take(length))));
             }
             if !self.more().await? {
                 return Ok(None);
@@ -87,17 +190,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
-    fn waiting(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
-    }
-
     /// False at the lane's end.
     async fn more(&mut self) -> io::Result<bool> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        let count = self.from.read(&mut self.buffer[self.end..]).await?;
-        self.end += count;
+        let count = self.from.read(self.parser.room()).await?;
+        self.parser.came(count);
         Ok(count > 0)
     }
 }
@@ -106,7 +202,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
 #[derive(Debug)]
 pub struct Writer<W> {
     to: W,
-    frame: Box<[u8]>,
+    frame: Frame,
 }
 
 impl<W: AsyncWrite + Unpin> Writer<W> {
@@ -116,7 +212,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     /// The lane's.
     pub async fn begin(mut to: W, mark: &Mark) -> io::Result<Self> {
         to.write_all(mark).await?;
-        Ok(Self { to, frame: vec![0; HEAD + LARGEST].into() })
+        Ok(Self { to, frame: Frame::new() })
     }
 
     /// Sends bytes, in as many frames as they need.
@@ -125,8 +221,8 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     /// The lane's.
     pub async fn send(&mut self, kind: Kind, bytes: &[u8]) -> io::Result<()> {
         for piece in bytes.chunks(LARGEST) {
-            self.room()[..piece.len()].copy_from_slice(piece);
-            self.send_room(kind, piece.len()).await?;
+            self.frame.room()[..piece.len()].copy_from_slice(piece);
+            self.to.write_all(self.frame.bytes(kind, piece.len())).await?;
         }
         Ok(())
     }
@@ -136,23 +232,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     /// # Errors
     /// The lane's.
     pub async fn end(&mut self) -> io::Result<()> {
-        self.send_room(Kind::End, 0).await
-    }
-
-    /// Where the next frame's bytes may be put, [`LARGEST`] of them.
-    pub fn room(&mut self) -> &mut [u8] {
-        &mut self.frame[HEAD..]
-    }
-
-    /// Sends the first `count` bytes of [`Self::room`].
-    ///
-    /// # Errors
-    /// The lane's.
-    pub async fn send_room(&mut self, kind: Kind, count: usize) -> io::Result<()> {
-        // No more than LARGEST, which has three bytes.
-        let [_, a, b, c] = (count as u32).to_be_bytes();
-        self.frame[..HEAD].copy_from_slice(&[kind as u8, a, b, c]);
-        self.to.write_all(&self.frame[..HEAD + count]).await
+        self.to.write_all(self.frame.bytes(Kind::End, 0)).await
     }
 }
 

@@ -12,6 +12,7 @@ pub mod entropy;
 pub mod exec;
 pub mod fsid;
 pub mod inherit;
+pub mod interrupt;
 pub mod loop_device;
 pub mod memfd;
 pub mod mount_attr;
