@@ -1,8 +1,9 @@
 //! The lanes, and an exec's streams on one of them.
 //!
 //! Threads carry the bytes, and wait where the kernel makes them wait: a key on a terminal then costs four calls
-//! and nobody's event loop (decisions/0016). A lane has a thread that hears, from its first session on; a session
-//! has a thread for each output. Whoever is to stop is told so and interrupted until it has.
+//! and nobody's event loop (decisions/0017). A lane has a thread that hears, from its first session on; a session
+//! has a thread for each output. A terminal's come before everything else in the guest. Whoever is to stop is told
+//! so, and interrupted until it has.
 
 use crate::{
     error::{Error, Step},
@@ -61,6 +62,8 @@ struct Port {
 struct Session {
     port: Arc<Port>,
     mark: Mark,
+    /// Somebody types and waits to see it.
+    terminal: bool,
     input: Mutex<BlockingInput>,
     /// Who says what comes out; holds whether the mark has been said.
     speech: Mutex<bool>,
@@ -129,6 +132,7 @@ impl Lane {
         let session = Arc::new(Session {
             port: Arc::clone(&self.port),
             mark: self.mark,
+            terminal: streams.input.is_terminal(),
             input: Mutex::new(streams.input.blocking()?),
             speech: Mutex::new(false),
             open: AtomicUsize::new(streams.outputs.len()),
@@ -236,6 +240,7 @@ impl Port {
         let _here = self.listener.here();
         let mut heard = self.meant(None);
         let mut parser = Parser::new(&heard.mark);
+        urgent(heard.terminal);
         loop {
             let came = rustix::io::read(&self.fd, parser.room());
             let next = match came {
@@ -254,6 +259,7 @@ impl Port {
             if !Arc::ptr_eq(&heard, &next) {
                 parser.begin(&next.mark);
                 heard = next;
+                urgent(heard.terminal);
             }
             if let Err(error) = heard.hear(&mut parser) {
                 crate::log::error(format_args!("lane: {error}"));
@@ -305,6 +311,7 @@ impl Session {
     /// left of it. The output, when it is not at its end.
     fn tell(&self, number: usize, kind: Kind, output: OwnedFd) -> Option<OwnedFd> {
         let _here = self.tellers[number].here();
+        urgent(self.terminal);
         let rest = self.tell_all(kind, &output);
         if self.open.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.say(Frame::new().bytes(Kind::End, 0));
@@ -387,6 +394,11 @@ impl Session {
 fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK);
     thread.spawn(work).map(drop).step(name)
+}
+
+/// The calling thread comes first, or in its turn. It may have to wait then, that is all.
+fn urgent(urgent: bool) {
+    a3s_box_sys::priority::urgent(urgent).ok();
 }
 
 /// What a thread that panicked has left is as good as before.

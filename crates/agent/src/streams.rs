@@ -138,6 +138,11 @@ impl Input {
         Ok(Self { fd, terminal: self.terminal, sizes_only: true })
     }
 
+    /// Whether it is a terminal's.
+    pub fn is_terminal(&self) -> bool {
+        self.terminal
+    }
+
     /// For a thread that may wait for room.
     pub fn blocking(self) -> Result<BlockingInput, Error> {
         let Self { fd, terminal, .. } = self;

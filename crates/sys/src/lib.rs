@@ -19,6 +19,7 @@ pub mod mount_attr;
 pub mod mount_table;
 pub mod namespace;
 pub mod pidfd;
+pub mod priority;
 pub mod seccomp;
 pub mod signal;
 pub mod spawn;
