@@ -29,8 +29,10 @@ use std::{
 };
 use tokio::sync::{self, Notify, OwnedMutexGuard, mpsc, oneshot, watch};
 
-/// How often a thread is interrupted that has not stopped yet.
+/// How soon a thread is interrupted again that has not stopped yet, and at the latest: it may be its host's reader
+/// who does not take what there is.
 const AGAIN: Duration = Duration::from_millis(5);
+const AGAIN_LATEST: Duration = Duration::from_secs(1);
 const STACK: usize = 64 << 10;
 
 /// Those that the machine has.
@@ -209,9 +211,11 @@ async fn attend<T>(
 impl Port {
     /// From now on the host means this session.
     fn hear(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), Error> {
-        if !self.listens.swap(true, Ordering::SeqCst) {
+        // Whoever has the lane is alone here.
+        if !self.listens.load(Ordering::SeqCst) {
             let port = Arc::clone(self);
             start("listener", move || match port.listen() {})?;
+            self.listens.store(true, Ordering::SeqCst);
         }
         *self.session() = Some(Arc::clone(session));
         self.taken.notify_one();
@@ -372,9 +376,11 @@ impl Session {
 
     /// Calls the tellers out of what they wait for, again and again.
     async fn interrupt(&self) -> Infallible {
+        let mut pause = AGAIN;
         loop {
             self.tellers.iter().for_each(Interrupt::send);
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(pause).await;
+            pause = AGAIN_LATEST.min(2 * pause);
         }
     }
 

@@ -6,8 +6,8 @@
 //! command line, and ends with the connection.
 //!
 //! Two processes: the *launcher*, forked before anything has threads, makes every container's and
-//! exec's process; the *agent* reaps them and serves, on one thread (but for the bytes of [`lanes`]). Start reading in [`rpc`],
-//! [`container`] and, on the other side of the fork, [`child`].
+//! exec's process; the *agent* reaps them and serves, on one thread (but for the bytes of [`lanes`]).
+//! Start reading in [`rpc`], [`container`] and, on the other side of the fork, [`child`].
 
 mod agent;
 mod attach;
