@@ -20,7 +20,7 @@ const (
 	keystrokes = 200
 	// Of a session's first keys some pass where nothing has passed before.
 	firstKeys = 20
-	port       = 8000
+	port      = 8000
 )
 
 // streams is what a client with streams waits for.
@@ -65,16 +65,16 @@ func (c *client) echo(ctx context.Context, container string, rows sample) error 
 	}
 	rows.since("Exec with a terminal, to its first byte", begin)
 	for number := range keystrokes {
+		row := "a key's echo, Exec with a terminal"
+		if number < firstKeys {
+			row = fmt.Sprintf("a key's echo, the first %d of a new pod", firstKeys)
+		}
 		step := time.Now()
 		if _, err := keys.Write([]byte("k")); err != nil {
 			return err
 		}
 		if _, err := io.ReadFull(screen, one); err != nil {
 			return err
-		}
-		row := "a key's echo, Exec with a terminal"
-		if number < firstKeys {
-			row = fmt.Sprintf("a key's echo, the first %d of a new pod", firstKeys)
 		}
 		rows.since(row, step)
 	}

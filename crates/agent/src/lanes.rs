@@ -8,7 +8,7 @@
 use crate::{
     error::{Error, Step},
     port,
-    streams::{BlockingInput, Output, OutputEnd, Streams, settle},
+    streams::{BlockingInput, Output, OutputEnd, Streams, settle, write_all},
 };
 use a3s_box_api::agent::v1 as api;
 use a3s_box_lane::{
@@ -168,35 +168,27 @@ async fn attend<T>(
         }
         left_open
     };
-    // An error: the process is gone as well.
-    let ended = async { drop(ended.wait_for(|ended| *ended).await) };
     tokio::pin!(told);
-    let mut over = None;
-    let why = tokio::select! {
-        biased;
-        () = ended => {
-            session.ended.store(true, Ordering::SeqCst);
-            tokio::select! {
-                outputs = &mut told => { over = Some(outputs); None }
-                never = session.interrupt() => match never {},
-                () = session.broken.notified() => Some("it broke"),
-                () = caller.closed() => Some("the caller is gone"),
-            }
-        }
-        () = session.broken.notified() => Some("it broke"),
-        () = caller.closed() => Some("the caller is gone"),
+    let carried = async {
+        // An error: the process is gone as well.
+        drop(ended.wait_for(|ended| *ended).await);
+        session.ended.store(true, Ordering::SeqCst);
+        session.interrupted(&mut told).await
     };
-    if let Some(why) = why {
-        crate::log::info(format_args!("a lane was left: {why}"));
-    }
+    let carried = tokio::select! {
+        biased;
+        outputs = carried => Ok(outputs),
+        () = session.broken.notified() => Err("it broke"),
+        () = caller.closed() => Err("the caller is gone"),
+    };
     session.left.store(true, Ordering::SeqCst);
     session.port.session().take();
-    let outputs = match over {
-        Some(outputs) => outputs,
-        None => tokio::select! {
-            outputs = told => outputs,
-            never = session.interrupt() => match never {},
-        },
+    let outputs = match carried {
+        Ok(outputs) => outputs,
+        Err(why) => {
+            crate::log::info(format_args!("a lane was left: {why}"));
+            session.interrupted(told).await
+        }
     };
     session.give_up_input().await;
     drop(lane);
@@ -303,7 +295,7 @@ impl Session {
         let mut input = lock(&self.input);
         while let Some((kind, bytes)) = parser.frame()? {
             match kind {
-                Kind::Main => input.write(bytes, || self.left.load(Ordering::SeqCst)),
+                Kind::Main => input.write(bytes, || self.left()),
                 Kind::End => input.close(),
                 Kind::Stderr => return Err(io::ErrorKind::InvalidData.into()),
             }
@@ -316,18 +308,18 @@ impl Session {
     fn tell(&self, number: usize, kind: Kind, output: OwnedFd) -> Option<OwnedFd> {
         let _here = self.tellers[number].here();
         urgent(self.terminal);
-        let rest = self.tell_all(kind, &output);
+        let mut frame = Frame::default();
+        let rest = self.tell_all(kind, &output, &mut frame);
         if self.open.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.say(Frame::new().bytes(Kind::End, 0));
+            self.say(frame.bytes(Kind::End, 0));
         }
         rest.then_some(output)
     }
 
     /// Whether there may be more, for somebody else.
-    fn tell_all(&self, kind: Kind, output: &OwnedFd) -> bool {
-        let mut frame = Frame::new();
+    fn tell_all(&self, kind: Kind, output: &OwnedFd, frame: &mut Frame) -> bool {
         let (mut last, mut settled) = (false, false);
-        while !self.left.load(Ordering::SeqCst) {
+        while !self.left() {
             if !last && self.ended.load(Ordering::SeqCst) {
                 last = rustix::fs::fcntl_setfl(output, rustix::fs::OFlags::NONBLOCK).is_ok();
             }
@@ -358,28 +350,23 @@ impl Session {
         }
     }
 
-    /// Whether the host has got all of it, or will.
-    fn write(&self, mut bytes: &[u8]) -> bool {
-        while !bytes.is_empty() {
-            if self.left.load(Ordering::SeqCst) {
-                return false;
-            }
-            match rustix::io::write(&self.port.fd, bytes) {
-                Ok(count) => bytes = &bytes[count..],
-                Err(Errno::INTR) => {}
-                // It has no host, who then is gone for the caller as well.
-                Err(_) => return false,
-            }
-        }
-        true
+    /// Whether the host has got all of it, or will. Where there is no host, there is no caller either.
+    fn write(&self, bytes: &[u8]) -> bool {
+        write_all(&self.port.fd, bytes, || self.left()).is_ok()
     }
 
-    /// Calls the tellers out of what they wait for, again and again.
-    async fn interrupt(&self) -> Infallible {
+    fn left(&self) -> bool {
+        self.left.load(Ordering::SeqCst)
+    }
+
+    /// Calls the tellers out of what they wait for, again and again, until `told`.
+    async fn interrupted<T>(&self, mut told: impl Future<Output = T> + Unpin) -> T {
         let mut pause = AGAIN;
         loop {
             self.tellers.iter().for_each(Interrupt::send);
-            tokio::time::sleep(pause).await;
+            if let Ok(told) = tokio::time::timeout(pause, &mut told).await {
+                return told;
+            }
             pause = AGAIN_LATEST.min(2 * pause);
         }
     }

@@ -42,7 +42,7 @@ pub struct Streams {
 }
 
 /// Where stdin goes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Input {
     fd: Option<OwnedFd>,
     terminal: bool,
@@ -99,6 +99,28 @@ pub fn settle(output: &OwnedFd) {
     }
 }
 
+/// Writes everything to what blocks, whatever interrupts it.
+///
+/// # Errors
+/// The write's, or `INTR` once `given_up`.
+pub fn write_all(fd: &OwnedFd, mut bytes: &[u8], given_up: impl Fn() -> bool) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        if given_up() {
+            return Err(Errno::INTR);
+        }
+        match rustix::io::write(fd, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn block(fd: &OwnedFd) -> Result<(), Error> {
+    rustix::fs::fcntl_setfl(fd, OFlags::empty()).step("standard streams")
+}
+
 fn unblocked(fd: OwnedFd) -> Result<OwnedFd, Error> {
     rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK).step("standard streams")?;
     Ok(fd)
@@ -145,9 +167,10 @@ impl Input {
 
     /// For a thread that may wait for room.
     pub fn blocking(self) -> Result<BlockingInput, Error> {
-        let Self { fd, terminal, .. } = self;
-        let fd = fd.map(|fd| rustix::fs::fcntl_setfl(&fd, OFlags::empty()).map(|()| fd));
-        Ok(BlockingInput { fd: fd.transpose().step("standard streams")?, terminal })
+        if let Some(fd) = &self.fd {
+            block(fd)?;
+        }
+        Ok(BlockingInput(self))
     }
 
     /// The terminal's new size; nothing for a pipe.
@@ -164,30 +187,22 @@ impl Input {
 
 /// Where stdin goes, for a thread.
 #[derive(Debug, Default)]
-pub struct BlockingInput {
-    fd: Option<OwnedFd>,
-    terminal: bool,
-}
+pub struct BlockingInput(Input);
 
 impl BlockingInput {
     /// Writes everything, as [`Input::write`] does; what is left is dropped when the thread is interrupted and
     /// `given_up` says so.
-    pub fn write(&mut self, mut bytes: &[u8], given_up: impl Fn() -> bool) {
-        let Some(fd) = &self.fd else { return };
-        while !bytes.is_empty() && !given_up() {
-            match rustix::io::write(fd, bytes) {
-                Ok(count) => bytes = &bytes[count..],
-                Err(Errno::INTR) => {}
-                Err(_) => return self.close(),
-            }
+    pub fn write(&mut self, bytes: &[u8], given_up: impl Fn() -> bool) {
+        let Some(fd) = &self.0.fd else { return };
+        match write_all(fd, bytes, given_up) {
+            Ok(()) | Err(Errno::INTR) => {}
+            Err(_) => self.close(),
         }
     }
 
     /// As [`Input::close`].
     pub fn close(&mut self) {
-        if !self.terminal {
-            self.fd = None;
-        }
+        self.0.close();
     }
 }
 
@@ -250,7 +265,7 @@ impl OutputEnd {
     pub fn blocking(self) -> Result<OwnedFd, Error> {
         let fd = Arc::into_inner(self.0).map(AsyncFd::into_inner);
         let fd = fd.ok_or_else(|| Error::NotNow("an output has two readers".to_owned()))?;
-        rustix::fs::fcntl_setfl(&fd, OFlags::empty()).step("standard streams")?;
+        block(&fd)?;
         Ok(fd)
     }
 

@@ -128,11 +128,6 @@ impl Parser {
 pub struct Frame(Box<[u8]>);
 
 impl Frame {
-    /// An empty one.
-    pub fn new() -> Self {
-        Self(vec![0; HEAD + LARGEST].into())
-    }
-
     /// Where its bytes may be put, [`LARGEST`] of them.
     pub fn room(&mut self) -> &mut [u8] {
         &mut self.0[HEAD..]
@@ -149,7 +144,7 @@ impl Frame {
 
 impl Default for Frame {
     fn default() -> Self {
-        Self::new()
+        Self(vec![0; HEAD + LARGEST].into())
     }
 }
 
@@ -212,7 +207,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
     /// The lane's.
     pub async fn begin(mut to: W, mark: &Mark) -> io::Result<Self> {
         to.write_all(mark).await?;
-        Ok(Self { to, frame: Frame::new() })
+        Ok(Self { to, frame: Frame::default() })
     }
 
     /// Sends bytes, in as many frames as they need.
